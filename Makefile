@@ -1,0 +1,46 @@
+# make demo: from a fresh clone to a model's answer. Needs Python 3.12 or newer; everything goes into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PROMPT ?= The three laws of robotics are
+
+.PHONY: demo test test-all lint notebooks clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.core
+	$(BIN)/jaxllm generate --model demo --prompt "$(PROMPT)" --max-tokens 48
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+# Runs every notebook from its first cell to its last, and leaves the files as they are.
+notebooks: $(VENV)/.dev
+	@for notebook in $(wildcard notebooks/*.ipynb); do \
+		echo "running $$notebook" && $(BIN)/jupyter-execute --timeout=600 $$notebook || exit 1; \
+	done
+
+# Only what make and the tools made.
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: installed once, and again when the requirements change. A venv whose making was cut short has no working pip.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		python=$${PYTHON:-$$(.ci/find-python)} && echo "making $(VENV) with $$python" && "$$python" -m venv $(VENV); \
+	fi
+	@echo "installing jaxllm into $(VENV) (a minute or so)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "installing the tools for tests into $(VENV)"
+	@$(PIP) --editable ".[dev,serve,train]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""The command line: `jaxllm COMMAND`, the same as `python -m jaxllm.launch COMMAND`."""

@@ -1,0 +1,8 @@
+"""Serving: requests, the scheduler, the page pool, the jitted step, and the Python API."""
+
+from jaxllm.serving.config import EngineConfig
+from jaxllm.serving.engine import Engine
+from jaxllm.serving.llm import LLM
+from jaxllm.serving.request import CompletionOutput, RequestOutput, SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "Engine", "EngineConfig", "RequestOutput", "SamplingParams"]

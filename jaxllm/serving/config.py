@@ -1,0 +1,67 @@
+"""What an engine is told."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxllm.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Names follow vLLM's where it has them. None means: chosen from the model and the machine.
+
+    Attributes:
+      model: a folder, a `.gguf` file, a hub name (`owner/name`), or `demo`.
+      tokenizer: where its tokenizer is, if not with the model.
+      dtype: of weights and KV cache; `auto` is the checkpoint's own on TPU and GPU, and float32 on the CPU.
+      tensor_parallel_size: devices that share each layer.
+      max_model_len: tokens of prompt and output together that a request may have.
+      max_num_seqs: requests that run at the same time.
+      max_num_batched_tokens: tokens in one step.
+      page_size: tokens in a page of the KV cache.
+      num_pages: pages in the pool; None: `kv_cache_memory_bytes`' worth.
+      kv_cache_memory_bytes: None: what `max_num_seqs` requests of full length need, or as much as memory allows.
+      memory_fraction: of the device's memory that weights and KV cache may take together.
+      scan_layers: run repeated layers in a loop (compiles fast) or unrolled (faster on the CPU).
+      warmup: compile every program at start; without it each is compiled when it is first needed.
+      seed: makes the random numbers of requests that bring no seed of their own reproducible.
+      skip_tokenizer_init: no tokenizer: prompts must be token ids, and outputs have no text.
+      compilation_cache_dir: where compiled programs are kept between runs; "" turns that off, None is jaxllm's cache folder.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: Dtype = "auto"
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int | None = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    memory_fraction: float = 0.9
+    scan_layers: bool | None = None
+    warmup: bool = True
+    seed: int = 0
+    skip_tokenizer_init: bool = False
+    compilation_cache_dir: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model must name a folder, a .gguf file, a hub name or 'demo', not {self.model!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction!r}")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} cannot hold one token of each of max_num_seqs={self.max_num_seqs} requests"
+            )
+        if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError("num_pages and kv_cache_memory_bytes both size the KV cache: give one")

@@ -1,0 +1,144 @@
+"""From an EngineConfig to something that can run: devices, weights, limits, the size of the KV cache."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.checkpoints import open_checkpoint, resolve_model
+from jaxllm.checkpoints.load import Model, load_model
+from jaxllm.errors import ConfigError
+from jaxllm.models import ModelConfig
+from jaxllm.paths import cache_dir
+from jaxllm.serving.config import EngineConfig
+from jaxllm.serving.kv_cache import num_cache_heads, page_bytes
+from jaxllm.serving.runner import Runner
+from jaxllm.serving.scheduler import SchedulerConfig
+from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
+from jaxllm.tokenizers import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_CPU_CACHE_BYTES = 1 << 30  # of KV cache on the CPU, where memory is everybody's, unless one full request needs more
+
+
+@dataclass
+class Loaded:
+    """What an engine is made of. Times in seconds."""
+
+    runner: Runner
+    limits: SchedulerConfig
+    num_pages: int
+    tokenizer: Tokenizer | None
+    eos_token_ids: frozenset[int]
+    load_s: float
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Finds, reads and places the model, and sizes the page pool. Compiles nothing."""
+    start = time.perf_counter()
+    enable_compilation_cache(config.compilation_cache_dir)
+    mesh = make_mesh(tensor=config.tensor_parallel_size)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    path = resolve_model(config.model)
+    source = open_checkpoint(path)
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
+    dtype = _dtype(config.dtype, source.config, on_cpu)
+    scan = config.scan_layers if config.scan_layers is not None else not on_cpu
+
+    from jaxllm.models import config_from_hf
+
+    model_config = config_from_hf(source.config)
+    rules = fit_to_model(ShardingRules(), model_config, mesh)
+    model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan)
+
+    page_size = config.page_size or (16 if on_cpu else 64)
+    a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype)
+    max_model_len = _max_model_len(config, model_config)
+    num_pages = _num_pages(config, mesh, a_page, page_size, max_model_len)
+    if (holds := (num_pages - 1) * page_size) < max_model_len:
+        if config.max_model_len is not None:
+            raise ConfigError(
+                f"the KV cache has room for {holds} tokens, and max_model_len={max_model_len} needs "
+                f"{a_page * -(-max_model_len // page_size) >> 20} MiB: lower max_model_len, or raise kv_cache_memory_bytes or num_pages"
+            )
+        logger.warning("max_model_len is %d, not the model's %d: the KV cache has no room for more", holds, max_model_len)
+        max_model_len = holds
+    batched = config.max_num_batched_tokens or max(512 if on_cpu else 2048, config.max_num_seqs)
+    longrope = [r.original_max_positions for r in model_config.ropes.values() if r.kind == "longrope"]
+    limits = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=batched,
+        max_model_len=max_model_len,
+        page_size=page_size,
+        recompute_beyond=longrope[0] if longrope else None,
+    )
+    runner = Runner(model, limits, num_pages=num_pages, dtype=dtype, mesh=mesh, rules=rules)
+    eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
+    return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start)
+
+
+def enable_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs between runs, unless the user has told JAX where already or turned it off with ""."""
+    if folder == "" or (folder is None and jax.config.jax_compilation_cache_dir):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder or cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _tokenizer_path(path: Path) -> Path:
+    """A folder whose only checkpoint is one GGUF file keeps its tokenizer in it."""
+    if path.is_dir() and not (path / "tokenizer.json").exists() and not (path / "tokenizer.model").exists():
+        ggufs = list(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return ggufs[0]
+    return path
+
+
+def _dtype(asked: str, hf: dict, on_cpu: bool):
+    if asked != "auto":
+        return jnp.dtype(asked)
+    stored = hf.get("torch_dtype") or hf.get("dtype") or "bfloat16"
+    return jnp.dtype("float32" if on_cpu or stored == "float32" else "bfloat16" if stored not in ("float16",) else "float16")
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    most = model.max_positions
+    dynamic = [r.factor for r in model.ropes.values() if r.kind == "dynamic"]
+    if config.max_model_len is None:
+        return int(most * dynamic[0]) if dynamic else most
+    if config.max_model_len > most and not dynamic:
+        raise ConfigError(f"max_model_len={config.max_model_len} exceeds the {most} positions that the model was made for")
+    return config.max_model_len
+
+
+def _num_pages(config: EngineConfig, mesh, a_page: int, page_size: int, max_model_len: int) -> int:
+    """Pages in the pool, the one that padding points at included."""
+    if config.num_pages is not None:
+        return config.num_pages + 1
+    if config.kv_cache_memory_bytes is not None:
+        return max(2, config.kv_cache_memory_bytes // a_page + 1)
+    one = -(-max_model_len // page_size)
+    room = _free_bytes(mesh, config.memory_fraction)
+    if mesh.devices.flat[0].platform == "cpu":
+        room = min(room, max(_CPU_CACHE_BYTES, one * a_page))
+    return max(2, min(config.max_num_seqs * one, room // a_page) + 1)
+
+
+def _free_bytes(mesh, fraction: float) -> int:
+    """Bytes that the KV cache may take on all the mesh's devices together, weights being loaded."""
+    devices = list(mesh.devices.flat)
+    stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+    if stats:
+        return int(stats["bytes_limit"] * fraction - stats["bytes_in_use"]) * len(devices)
+    import psutil
+
+    return int(psutil.virtual_memory().available * fraction)
+
+
+def _as_ids(value) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -1,0 +1,94 @@
+"""Choosing the next token, on the device, without sorting the vocabulary.
+
+Filters come in vLLM's order: temperature, min_p, top_k, top_p. Each is a threshold, found by bisection: floats ordered as
+integers have 32 bits, so 32 counting passes find it exactly.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+_BLOCK = 256  # of the two-level search for the drawn token
+
+
+class SamplingArrays(NamedTuple):
+    """A batch's sampling parameters, one row a sequence."""
+
+    temperature: Float[Array, " N"]
+    top_k: Int[Array, " N"]  # 0: all
+    top_p: Float[Array, " N"]
+    min_p: Float[Array, " N"]
+    seed: UInt32[Array, "N 2"]  # high and low half
+    position: Int[Array, " N"]  # of the token that is drawn
+
+
+def sample(logits: Float[Array, "N V"], params: SamplingArrays) -> Int[Array, " N"]:
+    """One token a row; rows with temperature 0 take the likeliest. A draw depends on its row, seed and position alone."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw():
+        temperature = jnp.where(params.temperature == 0, 1.0, params.temperature)
+        scaled = logits / temperature[:, None]
+        probs = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # the likeliest has 1
+        probs = jnp.where(probs < params.min_p[:, None], 0.0, probs)
+        filtered = jnp.any((params.top_k > 0) | (params.top_p < 1))
+        probs = jax.lax.cond(filtered, lambda p: _top_p(_top_k(p, params.top_k), params.top_p), lambda p: p, probs)
+        return jnp.where(params.temperature == 0, greedy, _inverse_cdf(probs, _uniform(params.seed, params.position)))
+
+    return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
+
+
+def _uniform(seed: Array, position: Array) -> Array:
+    """A number in [0, 1) for each row from its own key: whoever shares the batch, it is the same."""
+    one = lambda s, p: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(s, impl="threefry2x32"), p))
+    return jax.vmap(one)(seed, position)
+
+
+def _largest_threshold(probs: Array, holds) -> Array:
+    """The largest float t >= 0 of each row for which `holds(kept)` [N] is true of the tokens kept by probs >= t.
+
+    Non-negative floats order as their bits do. `holds` must stay true as more tokens are kept.
+    """
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def step(i, low):
+        middle = low | (1 << (30 - i))
+        return jnp.where(holds(bits >= middle[:, None]), middle, low)
+
+    low = jax.lax.fori_loop(0, 31, step, jnp.zeros(probs.shape[0], jnp.int32))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _top_k(probs: Array, k: Array) -> Array:
+    """Keeps the k likeliest of each row, and whatever ties with the last of them; k = 0 keeps all."""
+    threshold = _largest_threshold(probs, lambda kept: jnp.sum(kept, axis=-1) >= k)
+    return jnp.where((k[:, None] > 0) & (probs < threshold[:, None]), 0.0, probs)
+
+
+def _top_p(probs: Array, p: Array) -> Array:
+    """Keeps the smallest set of likeliest tokens whose share of the sum is at least p, and ties of its last."""
+    wanted = p * jnp.sum(probs, axis=-1)
+    threshold = _largest_threshold(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1) >= wanted)
+    return jnp.where((p[:, None] < 1) & (probs < threshold[:, None]), 0.0, probs)
+
+
+def _inverse_cdf(probs: Array, u: Array) -> Array:
+    """The token at which the running sum of each row passes u times the whole: first by blocks, then inside one."""
+    rows, vocab = probs.shape
+    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    target = u * ends[:, -1]
+
+    def first_past(running, target, weights):
+        """The first place where the running sum is past the target and there is weight; the last with weight if rounding left none."""
+        place = jnp.sum(running <= target[:, None], axis=-1)
+        last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[1]), 0), axis=-1)
+        return jnp.minimum(place, last)
+
+    block = first_past(ends, target, jnp.max(blocks, axis=-1))
+    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place = first_past(jnp.cumsum(inside, axis=-1), target - before, inside)
+    return (block * _BLOCK + place).astype(jnp.int32)

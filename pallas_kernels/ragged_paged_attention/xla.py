@@ -1,0 +1,127 @@
+"""The op in plain XLA: the CPU's backend, and every other platform's until it has a kernel of its own.
+
+Both phases run one routine (`_flash`) over blocks: eight sequences by one query for decode, one sequence by `_QUERY_BLOCK`
+queries for prefill. It walks the keys in chunks that start at multiples of the chunk size, with an online softmax (Dao et
+al., arXiv 2205.14135), and its loops run only as far as the sequences really reach: cost follows the tokens that are there,
+not the shapes. Because chunk boundaries depend on positions alone, a row's result does not depend on what shares its batch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_SEQUENCE_BLOCK = 8
+_QUERY_BLOCK = 64
+_KEY_CHUNK = 128
+_MASKED = -1e30  # finite: a chunk in which a row sees nothing must not make NaN
+
+
+def ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks):
+    """See `api.ragged_paged_attention`."""
+    kv_pages = write_kv(k, v, kv_pages, page_table, kv_lens, query_starts, counts)
+    tokens, heads, head_dim = q.shape
+    sequences, page_size = page_table.shape[0], kv_pages.shape[3]
+    chunk_pages = max(1, _KEY_CHUNK // page_size)
+    chunk = chunk_pages * page_size
+    queries = min(_QUERY_BLOCK, tokens)
+    block = min(_SEQUENCE_BLOCK, sequences)
+    # Blocks may reach past the last token, sequence or page: pad so that no slice is clamped.
+    out = jnp.zeros((tokens + max(queries, block), heads, head_dim), q.dtype)
+    q = jnp.pad(q, ((0, max(queries, block)), (0, 0), (0, 0)))
+    page_table = jnp.pad(page_table, ((0, block), (0, -page_table.shape[1] % chunk_pages)))
+    kv_lens = jnp.pad(kv_lens, (0, block))
+    num_decode, num_sequences = counts[0], counts[1]
+
+    def attend(q, positions, table, lens, first, last):
+        """[B, Q, Hq, D] queries at `positions` [B, Q] (-1: padding), over the chunks that hold positions first to last."""
+        start = 0 if window is None else jnp.maximum(0, first - window + 1) // chunk
+        return _flash(q, positions, kv_pages, table, lens, start, last // chunk + 1, chunk_pages, scale, window, softcap, sinks)
+
+    def decode(b, out):
+        first = b * block
+        lens = jax.lax.dynamic_slice_in_dim(kv_lens, first, block)
+        positions = jnp.where(first + jnp.arange(block) < num_decode, lens - 1, -1)
+        shortest = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions))
+        o = attend(
+            jax.lax.dynamic_slice_in_dim(q, first, block)[:, None],
+            positions[:, None],
+            jax.lax.dynamic_slice_in_dim(page_table, first, block),
+            lens,
+            shortest,
+            jnp.max(positions),
+        )
+        return jax.lax.dynamic_update_slice_in_dim(out, o[:, 0], first, 0)
+
+    def prefill(n, out):
+        count, kv_len = query_starts[n + 1] - query_starts[n], kv_lens[n]
+        table = jax.lax.dynamic_slice_in_dim(page_table, n, 1)
+
+        def one_block(b, out):
+            row, offsets = query_starts[n] + b * queries, b * queries + jnp.arange(queries)
+            positions = jnp.where(offsets < count, kv_len - count + offsets, -1)
+            rows = jax.lax.dynamic_slice_in_dim(q, row, queries)
+            o = attend(rows[None], positions[None], table, kv_len[None], positions[0], jnp.max(positions))
+            # Rows past the sequence's end are garbage, and the next sequence's blocks overwrite them.
+            return jax.lax.dynamic_update_slice_in_dim(out, o[0], row, 0)
+
+        return jax.lax.fori_loop(0, (count + queries - 1) // queries, one_block, out)
+
+    out = jax.lax.fori_loop(0, (num_decode + block - 1) // block, decode, out)
+    out = jax.lax.fori_loop(num_decode, num_sequences, prefill, out)
+    return out[:tokens], kv_pages
+
+
+def write_kv(k, v, kv_pages, page_table, kv_lens, query_starts, counts):
+    """Scatters k and v [T, Hk, D] into their pages; padding tokens go nowhere."""
+    rows = jnp.arange(k.shape[0], dtype=jnp.int32)
+    sequence = jnp.searchsorted(query_starts[1:], rows, side="right").astype(jnp.int32)
+    valid = sequence < counts[1]
+    sequence = jnp.where(valid, sequence, 0)
+    position = kv_lens[sequence] - query_starts[sequence + 1] + rows
+    page_size = kv_pages.shape[3]
+    page = jnp.where(valid, page_table[sequence, position // page_size], kv_pages.shape[0])
+    kv = jnp.stack([k, v], axis=1).astype(kv_pages.dtype)
+    return kv_pages.at[page, :, :, position % page_size].set(kv, mode="drop")
+
+
+def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, scale, window, softcap, sinks):
+    """Attention of q [B, Q, Hq, D] over chunks start to stop of each sequence's pages, in float32."""
+    batch, queries, heads, head_dim = q.shape
+    _, _, kv_heads, page_size, _ = kv_pages.shape
+    group, chunk = heads // kv_heads, chunk_pages * page_size
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    rows = group * queries  # [B, Hk, G * Q, D]: a matrix product for each key/value head
+    qh = q.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, head_dim)
+    qh = qh.astype(jnp.float32)
+    row_positions = jnp.tile(positions, (1, group))[:, None, :, None]
+
+    def step(c, carry):
+        top, total, out = carry
+        pages = jax.lax.dynamic_slice_in_dim(table, c * chunk_pages, chunk_pages, axis=1)
+        key_positions = c * chunk + jnp.arange(chunk)
+        kv = kv_pages[pages].transpose(2, 0, 3, 1, 4, 5).reshape(2, batch, kv_heads, chunk, head_dim).astype(jnp.float32)
+        # What lies past a sequence's end was never written by it: 0 * NaN must not reach the sum.
+        values = jnp.where((key_positions < kv_lens[:, None])[:, None, :, None], kv[1], 0.0)
+        scores = jnp.einsum("bhqd,bhcd->bhqc", qh, kv[0], precision=precision) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        seen = key_positions <= row_positions
+        if window is not None:
+            seen &= key_positions > row_positions - window
+        scores = jnp.where(seen, scores, _MASKED)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
+        keep = jnp.exp(top - new_top)
+        total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
+        out = out * keep + jnp.einsum("bhqc,bhcd->bhqd", weights, values, precision=precision)
+        return new_top, total, out
+
+    shape = (batch, kv_heads, rows)
+    carry = (jnp.full((*shape, 1), _MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, head_dim)))
+    top, total, out = jax.lax.fori_loop(start, stop, step, carry)
+    if sinks is not None:
+        sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), queries, axis=1)[None, :, :, None]
+        new_top = jnp.maximum(top, sink)
+        keep = jnp.exp(top - new_top)
+        total, out = total * keep + jnp.exp(sink - new_top), out * keep
+    out = out / jnp.where(total == 0, 1.0, total)
+    return out.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,101 @@
+"""Every implementation of the op against the plain one, on ragged batches that hypothesis draws."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.reference import ragged_paged_attention_reference
+
+attention = partial(jax.jit, static_argnames=("scale", "window", "softcap"))(ragged_paged_attention)
+
+TOKENS, SEQUENCES, COLUMNS, PAGES = 96, 12, 24, 200
+
+
+@st.composite
+def batches(draw, page_size):
+    """Lengths and places of a mixed batch: some decodes, then chunks, then padding."""
+    capacity = COLUMNS * page_size
+    num_decode = draw(st.integers(0, 10))
+    chunks = draw(st.lists(st.integers(1, 30), max_size=2))
+    counts = [1] * num_decode + chunks
+    past = [draw(st.integers(0, capacity - n)) for n in counts]
+    return num_decode, counts, past, draw(st.integers(0, 2**31 - 1))
+
+
+def make_batch(batch, page_size, heads, kv_heads, head_dim, dtype=np.float32):
+    num_decode, counts, past, seed = batch
+    rng = np.random.default_rng(seed)
+    n = len(counts)
+    starts = np.full(SEQUENCES + 1, sum(counts), np.int32)
+    starts[: n + 1] = np.cumsum([0, *counts])
+    kv_lens = np.zeros(SEQUENCES, np.int32)
+    kv_lens[:n] = np.add(past, counts)
+    ids = rng.permutation(PAGES - 1) + 1  # page 0 is what padding points at
+    table, used = np.zeros((SEQUENCES, COLUMNS), np.int32), 0
+    for i in range(n):
+        need = -(-int(kv_lens[i]) // page_size)
+        table[i, :need] = ids[used : used + need]
+        used += need
+    q = rng.normal(size=(TOKENS, heads, head_dim)).astype(dtype)
+    k, v = (rng.normal(size=(TOKENS, kv_heads, head_dim)).astype(dtype) for _ in range(2))
+    pages = rng.normal(size=(PAGES, 2, kv_heads, page_size, head_dim)).astype(dtype)
+    valid = np.zeros((PAGES, page_size), bool)  # poison all that no sequence has written
+    for i in range(n):
+        for p in range(past[i]):
+            valid[table[i, p // page_size], p % page_size] = True
+    pages = np.where(valid[:, None, None, :, None], pages, np.nan).astype(dtype)
+    return q, k, v, pages, table, kv_lens, starts, np.array([num_decode, n], np.int32)
+
+
+@pytest.mark.parametrize("heads,kv_heads,head_dim", [(4, 2, 16), (9, 3, 8), (4, 1, 32), (2, 2, 80)])
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}, {"window": 5, "softcap": 3.0, "sinks": True}])
+@settings(max_examples=8, deadline=None)
+@given(batch=batches(8))
+def test_matches_reference(heads, kv_heads, head_dim, options, batch):
+    arrays = make_batch(batch, 8, heads, kv_heads, head_dim)
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = np.linspace(-1, 2, heads).astype(np.float32)
+    expected, expected_pages = ragged_paged_attention_reference(*arrays, scale=0.3, **options)
+    out, pages = attention(*map(jnp.asarray, arrays), scale=0.3, **options)
+    total = arrays[6][-1]
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[:total], expected[:total], atol=1e-5)
+    np.testing.assert_array_equal(pages, expected_pages)
+
+
+def test_a_row_is_bitwise_the_same_whoever_shares_the_batch():
+    arrays = make_batch((6, [1] * 6 + [30], [5, 100, 37, 150, 8, 64, 50], 3), 8, 4, 2, 16)
+    arrays = [np.nan_to_num(a) if a.dtype == np.float32 else a for a in arrays]
+    together, _ = attention(*map(jnp.asarray, arrays), scale=0.3)
+    q, k, v, pages, table, kv_lens, _, _ = arrays
+    for i in range(6):
+        first = [np.roll(x, -i, axis=0) for x in (q, k, v)]
+        starts, counts = np.array([0] + [1] * SEQUENCES, np.int32), np.array([1, 1], np.int32)
+        alone, _ = attention(*first, pages, np.roll(table, -i, axis=0), np.roll(kv_lens, -i), starts, counts, scale=0.3)
+        np.testing.assert_array_equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"k": np.zeros((TOKENS, 3, 16), np.float32)}, "do not agree"),
+        ({"kv_pages": np.zeros((PAGES, 2, 2, 8, 32), np.float32)}, "kv_pages"),
+        ({"kv_lens": np.zeros(3, np.int32)}, "do not agree"),
+        ({"page_table": np.zeros((SEQUENCES, COLUMNS), np.int16)}, "must be int32"),
+        ({"window": 0}, "window"),
+        ({"implementation": "tpu"}, "not written yet"),
+    ],
+)
+def test_bad_arguments(change, message):
+    names = ("q", "k", "v", "kv_pages", "page_table", "kv_lens", "query_starts", "counts")
+    arrays = dict(zip(names, make_batch((1, [1], [5], 0), 8, 4, 2, 16), strict=True))
+    arguments = {**arrays, "scale": 1.0, **change}
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        ragged_paged_attention(**{k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()})

@@ -1,0 +1,63 @@
+"""Every family through the engine: 32 greedy tokens decoded one by one out of the page pool, as transformers decodes them."""
+
+import json
+import shutil
+
+import pytest
+from golden_cases import CASES, LENGTH, MODELS, OLD_CONFIGS, generated, golden
+
+from jaxllm import LLM, SamplingParams
+
+# Prompts of 5, 21 and 40 tokens in steps of 16: they are cut into chunks, and decode steps share batches with them.
+OPTIONS = dict(dtype="float32", max_num_seqs=3, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH + 8, skip_tokenizer_init=True, warmup=False)
+GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+
+
+def prompts(case):
+    return [{"prompt_token_ids": reference["prompt"].tolist()} for reference in golden(case)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens(case):
+    llm = LLM(MODELS / case, **OPTIONS)
+    together = [o.outputs[0].token_ids for o in llm.generate(prompts(case), GREEDY)]
+    assert together == generated(case)
+    assert llm.engine.pool.num_free == llm.engine.pool.capacity
+
+
+@pytest.mark.parametrize("case", ["llama_gqa", "gemma3_text", "phi3_longrope", "opt_postnorm_proj"])
+def test_scanned_layers(case):
+    llm = LLM(MODELS / case, scan_layers=True, **OPTIONS)
+    assert [o.outputs[0].token_ids for o in llm.generate(prompts(case), GREEDY)] == generated(case)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tensor_parallel(case, size):
+    llm = LLM(MODELS / case, tensor_parallel_size=size, scan_layers=size == 4, **OPTIONS)
+    assert [o.outputs[0].token_ids for o in llm.generate(prompts(case), GREEDY)] == generated(case)
+
+
+@pytest.mark.parametrize("case", ["llama_mqa_bias", "gemma2"])
+def test_tensor_parallel_over_four_devices(case):
+    llm = LLM(MODELS / case, tensor_parallel_size=4, **OPTIONS)
+    assert [o.outputs[0].token_ids for o in llm.generate(prompts(case), GREEDY)] == generated(case)
+
+
+@pytest.mark.parametrize("case", ["llama_gqa", "gemma3_text_5to1", "llama_rope_dynamic", "phi3_longrope"])
+def test_preemption_changes_nothing(case):
+    """Twelve pages of room for three requests that want more: the youngest is thrown out and computed again."""
+    llm = LLM(MODELS / case, **{**OPTIONS, "max_model_len": LENGTH}, num_pages=-(-LENGTH // 4) + 3)
+    assert [o.outputs[0].token_ids for o in llm.generate(prompts(case), GREEDY)] == generated(case)
+    assert llm.engine.scheduler.num_preemptions > 0
+    assert llm.engine.pool.num_free == llm.engine.pool.capacity
+
+
+@pytest.mark.parametrize("case", OLD_CONFIGS[:2])
+def test_checkpoints_from_before_transformers_5(case, tmp_path):
+    folder = tmp_path / case
+    shutil.copytree(MODELS / case, folder)
+    (folder / "config.old.json").rename(folder / "config.json")
+    assert "rope_parameters" not in json.loads((folder / "config.json").read_text())
+    llm = LLM(folder, **OPTIONS)
+    assert [o.outputs[0].token_ids for o in llm.generate(prompts(case), GREEDY)] == generated(case)
