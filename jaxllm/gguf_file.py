@@ -60,6 +60,10 @@ class GGUFTensor:
         """What `GGUFFile.read` returns: quantised blocks become float32."""
         return _PLAIN_DTYPES.get(self.type, np.dtype("<f4"))
 
+    @property
+    def quantized(self) -> bool:
+        return self.type not in _PLAIN_DTYPES
+
 
 @dataclass(frozen=True)
 class GGUFFile:

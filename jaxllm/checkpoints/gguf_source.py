@@ -96,6 +96,15 @@ class GGUFSource:
             )
         self.tensors = {name: self._info(origin) for name, origin in self._origins.items()}
 
+    @property
+    def quantized(self) -> bool:
+        """Whether any tensor is stored in quantised blocks, which are read as float32."""
+        return any(tensor.quantized for tensor in self._file.tensors.values())
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return "tokenizer.ggml.model" in self._file.metadata
+
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         if name not in self._origins:
             raise CheckpointError(f"{self.path} has no tensor {name!r}; it holds {len(self._origins)} others.")

@@ -19,6 +19,9 @@ from jaxllm.models import Decoder, ModelConfig, config_from_hf, family_of
 from jaxllm.models.families import Weight
 from jaxllm.sharding import ShardingRules, named_sharding
 
+_PIECE_VALUES = 1 << 21  # read and converted at a time
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}  # all ones, in place
+
 
 @dataclass(frozen=True)
 class Model:
@@ -75,7 +78,8 @@ def load_model(
         arrays = list(pool.map(load, parameters))
     if not_finite:
         raise CheckpointError(
-            f"{source.path}: NaN or infinity in {_some(sorted(set(not_finite)))}. Get the checkpoint again, or one that was not overflowed"
+            f"{source.path}: NaN or infinity in {_some(sorted(set(not_finite)))} (as {jnp.dtype(dtype).name}). "
+            "Get the checkpoint again, or choose a dtype that holds its values"
         )
     flat = dict(nnx.to_flat_state(state))
     for p, array in zip(parameters, arrays, strict=True):
@@ -108,6 +112,8 @@ def _plan(source: TensorSource, config: ModelConfig, state: nnx.State) -> list[_
                 hint = " (config.json says tie_word_embeddings=false)" if w.name == "lm_head.weight" else ""
                 problems.append(f"{w.name} is missing{hint}")
                 continue
+            if (stored := source.tensors[w.name].dtype_name) not in _EXPONENTS:
+                problems.append(f"{w.name} is of type {stored}, and weights must be one of {', '.join(_EXPONENTS)}")
             found, expected = tuple(source.tensors[w.name].shape), _stored_shape(shape[1:] if stacked else shape, w)
             fits = len(found) == len(expected) and all(f == e or (e is None) for f, e in zip(found, expected, strict=True))
             if not fits:
@@ -170,31 +176,47 @@ def _fused_too_long(parameters: list[_Parameter], source: TensorSource) -> Itera
 
 def _read(source: TensorSource, p: _Parameter, index: tuple[slice, ...], dtype, not_finite: list[str]) -> np.ndarray:
     """The part of a parameter that `index` selects, on the host."""
-    if not p.stacked:
-        return _read_one(source, p.weights[0], index, dtype, not_finite)
-    parts = [_read_one(source, w, index[1:], dtype, not_finite) for w in p.weights[index[0]]]
-    return np.stack(parts)
+    out = _aligned_empty(tuple(s.stop - s.start for s in index), dtype)
+    if p.stacked:
+        for layer, w in zip(out, p.weights[index[0]], strict=True):
+            _fill(layer, source, w, index[1:], not_finite)
+    else:
+        _fill(out, source, p.weights[0], index, not_finite)
+    return out
 
 
-def _read_one(source: TensorSource, w: Weight, index: tuple[slice, ...], dtype, not_finite: list[str]) -> np.ndarray:
+def _fill(out: np.ndarray, source: TensorSource, w: Weight, index: tuple[slice, ...], not_finite: list[str]) -> None:
+    """Reads part of a tensor into `out`, some rows at a time: a whole dequantised tensor is never held besides."""
     if w.kind == "conv1d":
-        index = index[::-1]
+        index, out = index[::-1], out.T
     if w.part is not None:
         axis = _fused_axis(w) % len(index)
         s = index[axis]
         index = (*index[:axis], slice(w.part[0] + s.start, w.part[0] + s.stop), *index[axis + 1 :])
-    x = source.read(w.name, index)
-    if not _all_finite(x):
-        not_finite.append(w.name)
-    if w.kind == "conv1d":
-        x = x.T
-    return np.ascontiguousarray(x, dtype=dtype)
+    first, rows = index[0].start, len(out)
+    step = max(1, _PIECE_VALUES * rows // max(1, out.size))
+    for row in range(0, rows, step):
+        piece = out[row : row + step]
+        with np.errstate(over="ignore"):
+            piece[...] = source.read(w.name, (slice(first + row, first + row + len(piece)), *index[1:]))
+        if not all_finite(piece):  # stored so, or too large for the dtype
+            not_finite.append(w.name)
 
 
-def _all_finite(x: np.ndarray) -> bool:
+def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array at a multiple of 64 bytes, which JAX's CPU backend takes as it is where others are copied."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def all_finite(x: np.ndarray) -> bool:
     """Whether no exponent is all ones: one pass over the bits, which numpy does fast for every float type."""
-    bits = {2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
-    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[x.dtype.name]
+    if x.dtype.name not in _EXPONENTS:
+        return True  # integers
+    exponent = _EXPONENTS[x.dtype.name]
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[x.dtype.itemsize]
     magnitude = np.bitwise_and(x.view(bits), bits((1 << (8 * x.dtype.itemsize - 1)) - 1))
     return magnitude.size == 0 or int(magnitude.max()) < exponent
 

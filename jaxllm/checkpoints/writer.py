@@ -24,12 +24,34 @@ def write_safetensors(
     overwrite: bool = False,
     copy_files: Iterable[str | os.PathLike] = (),
 ) -> Path:
-    """Writes `tensors` and `config` as a Hugging Face checkpoint, with copies of `copy_files` (a tokenizer, say) beside them.
+    """Writes `tensors` and `config` as a Hugging Face checkpoint, with copies of `copy_files` (a tokenizer, say; a folder
+    is copied whole) beside them.
 
     At most one shard is held in memory. The folder appears complete or not at all: it is made beside its place and then renamed.
     Raises CheckpointError for a non-empty folder (unless `overwrite`, which replaces a checkpoint and nothing else), a repeated name,
     or a dtype that safetensors lacks.
     """
+    folder = check_target(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        staging.chmod(0o777 & ~_umask())
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in copy_files:
+            if Path(file).is_dir():
+                shutil.copytree(file, staging / Path(file).name)
+            else:
+                shutil.copy(file, staging)
+        _write_shards(staging, tensors, max_shard_bytes)
+        _replace(folder, staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return folder
+
+
+def check_target(folder: str | os.PathLike, overwrite: bool) -> Path:
+    """The absolute path of a folder that may be written to. Raises CheckpointError as `write_safetensors` says."""
     folder = Path(folder).expanduser().absolute()
     if folder.exists():
         if not folder.is_dir():
@@ -39,18 +61,6 @@ def write_safetensors(
                 raise CheckpointError(f"The folder {folder} is not empty. Choose another, or pass overwrite=True to replace it.")
             if not (folder / "config.json").exists():
                 raise CheckpointError(f"{folder} has no config.json, so it is no checkpoint and is not overwritten. Choose another.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        staging.chmod(0o777 & ~_umask())
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in copy_files:
-            shutil.copy(file, staging)
-        _write_shards(staging, tensors, max_shard_bytes)
-        _replace(folder, staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return folder
 
 

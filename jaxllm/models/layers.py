@@ -28,7 +28,16 @@ class Attend(Protocol):
     """
 
     def __call__(
-        self, q: Array, k: Array, v: Array, cache: Any, layer: Int[Array, ""] | int, *, scale: float, window: int | None, softcap: float | None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Any,
+        layer: Int[Array, ""] | int,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> tuple[Array, Any]: ...
 
 

@@ -11,7 +11,9 @@ from jaxllm.sharding import ShardingRules
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
 
-def paged_attend(page_table, kv_lens, query_starts, counts, *, num_pages: int, mesh: Mesh, rules: ShardingRules) -> Attend:
+def paged_attend(
+    page_table, kv_lens, query_starts, counts, *, num_pages: int, mesh: Mesh, rules: ShardingRules, decode_only: bool
+) -> Attend:
     """`attend` for a step whose sequences are described as in `ragged_paged_attention`; the cache is its `kv_pages`.
 
     Each device attends with its own heads: nothing crosses between devices here.
@@ -21,7 +23,7 @@ def paged_attend(page_table, kv_lens, query_starts, counts, *, num_pages: int, m
     def attend(q, k, v, kv_pages, layer, *, scale, window, softcap):
         if k.shape[1] < shards:  # fewer key/value heads than devices: repeat them, one to a device
             k, v = (jnp.repeat(t, shards // t.shape[1], axis=1) for t in (k, v))
-        op = partial(ragged_paged_attention, scale=scale, window=window, softcap=softcap)
+        op = partial(ragged_paged_attention, scale=scale, window=window, softcap=softcap, decode_only=decode_only)
         if shards > 1:
             heads, pages, whole = PartitionSpec(None, rules.heads), PartitionSpec(None, None, rules.heads), PartitionSpec()
             op = jax.shard_map(

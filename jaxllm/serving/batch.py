@@ -10,10 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The shape of a step: how many tokens and how many sequences it has room for."""
+    """The shape of a step: how many tokens and how many sequences it has room for; `decode`: one token a sequence."""
 
     tokens: int
     sequences: int
+    decode: bool = False
 
 
 def powers_of_two(first: int, last: int) -> list[int]:
@@ -27,15 +28,15 @@ def powers_of_two(first: int, last: int) -> list[int]:
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, smallest: int = 16) -> list[Bucket]:
     """Every shape that a step can have: decode steps (a token a sequence), and mixed ones."""
-    decode = [Bucket(n, n) for n in powers_of_two(1, max_num_seqs)]
+    decode = [Bucket(n, n, True) for n in powers_of_two(1, max_num_seqs)]
     first = min(smallest, max_num_batched_tokens)
     mixed = [Bucket(t, min(t, max_num_seqs)) for t in powers_of_two(first, max_num_batched_tokens)]
-    return sorted(set(decode + mixed))
+    return sorted(decode + mixed)
 
 
-def pick_bucket(buckets: list[Bucket], tokens: int, sequences: int) -> Bucket:
-    """The smallest bucket that fits."""
-    return next(b for b in buckets if b.tokens >= tokens and b.sequences >= sequences)
+def pick_bucket(buckets: list[Bucket], tokens: int, sequences: int, decode: bool) -> Bucket:
+    """The smallest bucket that fits a step; `decode`: each of its sequences has one token."""
+    return next(b for b in buckets if b.tokens >= tokens and b.sequences >= sequences and b.decode == decode)
 
 
 class BatchLayout:

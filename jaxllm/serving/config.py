@@ -53,7 +53,15 @@ class EngineConfig:
             raise ConfigError(f"model must name a folder, a .gguf file, a hub name or 'demo', not {self.model!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
-        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages", "kv_cache_memory_bytes"):
+        for name in (
+            "tensor_parallel_size",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "num_pages",
+            "kv_cache_memory_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -61,7 +69,7 @@ class EngineConfig:
             raise ConfigError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction!r}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} cannot hold one token of each of max_num_seqs={self.max_num_seqs} requests"
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than a token for each of max_num_seqs={self.max_num_seqs}"
             )
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_pages and kv_cache_memory_bytes both size the KV cache: give one")

@@ -123,7 +123,9 @@ class Engine:
             if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < self.vocab_size:
                 raise RequestError(f"prompt_token_ids has {i!r}: token ids are whole numbers from 0 to {self.vocab_size - 1}")
         if len(ids) >= self.limits.max_model_len:
-            raise RequestError(f"the prompt has {len(ids)} tokens, and max_model_len={self.limits.max_model_len} leaves no room to answer: shorten it")
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, and max_model_len={self.limits.max_model_len} leaves no room to answer: shorten it"
+            )
         if bad := [i for i in params.stop_token_ids if i >= self.vocab_size]:
             raise RequestError(f"stop_token_ids has {bad[0]}: token ids are whole numbers from 0 to {self.vocab_size - 1}")
         if params.stop and self.tokenizer is None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from jaxllm.checkpoints import open_checkpoint, resolve_model
-from jaxllm.checkpoints.load import Model, load_model
+from jaxllm.checkpoints.load import load_model
 from jaxllm.errors import ConfigError
-from jaxllm.models import ModelConfig
+from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.kv_cache import num_cache_heads, page_bytes
@@ -45,12 +46,13 @@ def load(config: EngineConfig) -> Loaded:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     path = resolve_model(config.model)
     source = open_checkpoint(path)
-    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
+    tokenizer = (
+        None
+        if config.skip_tokenizer_init
+        else load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
+    )
     dtype = _dtype(config.dtype, source.config, on_cpu)
     scan = config.scan_layers if config.scan_layers is not None else not on_cpu
-
-    from jaxllm.models import config_from_hf
-
     model_config = config_from_hf(source.config)
     rules = fit_to_model(ShardingRules(), model_config, mesh)
     model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan)
@@ -135,8 +137,6 @@ def _free_bytes(mesh, fraction: float) -> int:
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     if stats:
         return int(stats["bytes_limit"] * fraction - stats["bytes_in_use"]) * len(devices)
-    import psutil
-
     return int(psutil.virtual_memory().available * fraction)
 
 

@@ -58,20 +58,20 @@ class WholeStep(_Programs):
         self._graph = model.graph
         self._weights, self._tree = jax.tree.flatten(model.params)
 
-    def compile(self, layout: BatchLayout):
+    def compile(self, layout: BatchLayout, decode_only: bool):
         arguments = (_abstract(self._weights), *self._abstract_state, self._buffer(layout))
         shardings = (self.whole, self.whole, self.pages_sharding)
-        return self._compile(partial(self._step, layout), arguments, donate=(1, 2), shardings=shardings)
+        return self._compile(partial(self._step, layout, decode_only), arguments, donate=(1, 2), shardings=shardings)
 
     def run(self, program, state: DeviceState, buffer: jax.Array) -> jax.Array:
         drawn, state.last_tokens, state.kv_pages = program(self._weights, state.kv_pages, state.last_tokens, buffer)
         return drawn
 
-    def _step(self, layout: BatchLayout, weights, kv_pages, last_tokens, buffer):
+    def _step(self, layout: BatchLayout, decode_only: bool, weights, kv_pages, last_tokens, buffer):
         batch = layout.unpack(buffer)
         decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
         tokens = _input_tokens(batch, last_tokens)
-        attend = self._attend(*(batch[name] for name in _ATTEND))
+        attend = self._attend(*(batch[name] for name in _ATTEND), decode_only=decode_only)
         hidden, kv_pages = decoder(tokens, batch["positions"], attend, kv_pages, rope_lengths=batch["rope_lengths"])
         return *_draw(decoder, hidden, batch, last_tokens), kv_pages
 
@@ -92,7 +92,7 @@ class LayerByLayer(_Programs):
         self._graph, ends = nnx.split(decoder, graph=False)
         self._weights, self._tree = jax.tree.flatten(ends)
 
-    def compile(self, layout: BatchLayout):
+    def compile(self, layout: BatchLayout, decode_only: bool):
         kv_pages, last_tokens = self._abstract_state
         weights = _abstract(self._weights)
         arguments = (weights, last_tokens, self._buffer(layout))
@@ -102,7 +102,7 @@ class LayerByLayer(_Programs):
         for kind, graph, tree, leaves, number in self._layers:
             if kind not in layers:
                 arguments = (_abstract(leaves), x, kv_pages, ropes, {name: batch[name] for name in _ATTEND}, _abstract(number))
-                function = partial(self._layer, graph, tree)
+                function = partial(self._layer, graph, tree, decode_only)
                 layers[kind] = self._compile(function, arguments, donate=(1, 2), shardings=(self.whole, self.pages_sharding))
         last = self._compile(self._last, (weights, x, batch, last_tokens), donate=(3,), shardings=self.whole)
         return first, layers, last
@@ -128,9 +128,10 @@ class LayerByLayer(_Programs):
         x = decoder.embed(_input_tokens(batch, last_tokens), batch["positions"])
         return x, decoder.rope_tables(batch["positions"], batch["rope_lengths"]), batch
 
-    def _layer(self, graph, tree, weights, x, kv_pages, ropes, attend, number):
+    def _layer(self, graph, tree, decode_only: bool, weights, x, kv_pages, ropes, attend, number):
         layer = nnx.merge(graph, jax.tree.unflatten(tree, weights))
-        return layer(x, ropes, self._attend(*(attend[name] for name in _ATTEND)), kv_pages, number)
+        attend = self._attend(*(attend[name] for name in _ATTEND), decode_only=decode_only)
+        return layer(x, ropes, attend, kv_pages, number)
 
     def _last(self, weights, x, batch, last_tokens):
         decoder = self._decoder(weights)

@@ -70,7 +70,9 @@ class SamplingParams:
         if not all(isinstance(s, str) and s for s in stop):
             refuse("stop", "a string, or a list of strings, none of them empty")
         ids = self.stop_token_ids
-        if ids is not None and (isinstance(ids, (str, bytes)) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)):
+        if ids is not None and (
+            isinstance(ids, (str, bytes)) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+        ):
             refuse("stop_token_ids", "a list of token ids")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(ids or ()))

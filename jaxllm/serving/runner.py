@@ -60,7 +60,7 @@ class Runner:
 
     def execute(self, plan: StepPlan, requests: dict[str, Request]) -> jax.Array:
         """Starts a step. Returns int32 [sequences]: the token drawn after each scheduled sequence, in order, not yet computed."""
-        bucket = pick_bucket(self.buckets, plan.num_tokens, len(plan.scheduled))
+        bucket = pick_bucket(self.buckets, plan.num_tokens, len(plan.scheduled), plan.num_decode == len(plan.scheduled))
         program = self._program(bucket)
         buffer = jax.device_put(self._pack(plan, bucket, requests), self._whole)
         return self.programs.run(program, self.state, buffer)
@@ -75,7 +75,7 @@ class Runner:
 
     def _compile(self, bucket: Bucket) -> Any:
         self.stats.compiles += 1
-        return self.programs.compile(self._layouts[bucket])
+        return self.programs.compile(self._layouts[bucket], bucket.decode)
 
     def _pack(self, plan: StepPlan, bucket: Bucket, requests: dict[str, Request]) -> np.ndarray:
         """The step's arrays in one buffer."""

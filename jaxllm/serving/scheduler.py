@@ -87,11 +87,13 @@ class Scheduler:
         total = num_prompt + max_tokens
         if total > self.config.max_model_len:
             raise RequestError(
-                f"{num_prompt} prompt tokens and {max_tokens} more exceed max_model_len={self.config.max_model_len}: shorten the prompt or lower max_tokens"
+                f"{num_prompt} prompt tokens and {max_tokens} more exceed max_model_len={self.config.max_model_len}: "
+                "shorten the prompt or lower max_tokens"
             )
         if (need := self._num_pages(total)) > self.pool.capacity:
             raise RequestError(
-                f"{total} tokens need {need} pages of the KV cache and it has {self.pool.capacity}: raise num_pages or kv_cache_memory_bytes"
+                f"{total} tokens need {need} pages of the KV cache and it has {self.pool.capacity}: "
+                "raise num_pages or kv_cache_memory_bytes"
             )
         if request_id in self._by_id:
             raise RequestError(f"there is a request {request_id!r} already")

@@ -24,6 +24,7 @@ def ragged_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    decode_only: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes new keys and values into their pages, and attends causally; PagedAttention (Kwon et al., arXiv 2309.06180).
@@ -43,6 +44,7 @@ def ragged_paged_attention(
       window: how many positions a query sees, its own included; None: all.
       softcap: scores become softcap * tanh(score / softcap).
       sinks: [Hq], a logit for each head that takes part in the softmax and has no value (attention sinks).
+      decode_only: no sequence has more than one new token (counts[0] == counts[1]): the program is half the size.
       implementation: None picks one by platform.
 
     Returns:
@@ -68,7 +70,8 @@ def ragged_paged_attention(
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
     if implementation not in (None, "xla"):
-        raise NotImplementedError(f"implementation={implementation!r} of ragged_paged_attention is not written yet; 'xla' runs on every platform")
-    return ragged_paged_attention_xla(
-        q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, scale=scale, window=window, softcap=softcap, sinks=sinks
-    )
+        raise NotImplementedError(
+            f"implementation={implementation!r} of ragged_paged_attention is not written yet; 'xla' runs on every platform"
+        )
+    options = dict(scale=scale, window=window, softcap=softcap, sinks=sinks, decode_only=decode_only)
+    return ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, **options)

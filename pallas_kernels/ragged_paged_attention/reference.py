@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def ragged_paged_attention_reference(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window=None, softcap=None, sinks=None):
+def ragged_paged_attention_reference(
+    q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window=None, softcap=None, sinks=None
+):
     """See `api.ragged_paged_attention`; arrays are numpy's, and rows of `out` past the last token are zero."""
     kv_pages, out = kv_pages.copy(), np.zeros(q.shape, np.float64)
     page_size, group = kv_pages.shape[3], q.shape[1] // k.shape[1]

@@ -15,7 +15,7 @@ _KEY_CHUNK = 128
 _MASKED = -1e30  # finite: a chunk in which a row sees nothing must not make NaN
 
 
-def ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks):
+def ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks, decode_only):
     """See `api.ragged_paged_attention`."""
     kv_pages = write_kv(k, v, kv_pages, page_table, kv_lens, query_starts, counts)
     tokens, heads, head_dim = q.shape
@@ -66,14 +66,15 @@ def ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_sta
         return jax.lax.fori_loop(0, (count + queries - 1) // queries, one_block, out)
 
     out = jax.lax.fori_loop(0, (num_decode + block - 1) // block, decode, out)
-    out = jax.lax.fori_loop(num_decode, num_sequences, prefill, out)
+    if not decode_only:
+        out = jax.lax.fori_loop(num_decode, num_sequences, prefill, out)
     return out[:tokens], kv_pages
 
 
 def write_kv(k, v, kv_pages, page_table, kv_lens, query_starts, counts):
     """Scatters k and v [T, Hk, D] into their pages; padding tokens go nowhere."""
     rows = jnp.arange(k.shape[0], dtype=jnp.int32)
-    sequence = jnp.searchsorted(query_starts[1:], rows, side="right").astype(jnp.int32)
+    sequence = jnp.sum(rows[:, None] >= query_starts[1:], axis=1, dtype=jnp.int32)
     valid = sequence < counts[1]
     sequence = jnp.where(valid, sequence, 0)
     position = kv_lens[sequence] - query_starts[sequence + 1] + rows

@@ -30,7 +30,9 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     hf = HFConfig(values)
     if "quantization_config" in values and values["quantization_config"]:
         method = values["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(f"config.json: checkpoints quantised with {method!r} are not implemented; use the unquantised one or a GGUF file")
+        raise CheckpointError(
+            f"config.json: checkpoints quantised with {method!r} are not implemented; use the unquantised one or a GGUF file"
+        )
     family = family_of(hf.model_type)
     try:
         return family.from_hf(hf)

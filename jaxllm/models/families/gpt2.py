@@ -39,7 +39,15 @@ def weights(config: ModelConfig) -> dict[str, Weight]:
         **norm(f"{layer}.ln_1", f"{ours}.attn_norm", bias=True),
         **norm(f"{layer}.ln_2", f"{ours}.mlp_norm", bias=True),
         **projections(f"{layer}.attn", f"{ours}.self_attn", "o_proj", bias=True, kind="conv1d", rename={"o_proj": "c_proj"}),
-        **projections(f"{layer}.mlp", f"{ours}.mlp", "up_proj", "down_proj", bias=True, kind="conv1d", rename={"up_proj": "c_fc", "down_proj": "c_proj"}),
+        **projections(
+            f"{layer}.mlp",
+            f"{ours}.mlp",
+            "up_proj",
+            "down_proj",
+            bias=True,
+            kind="conv1d",
+            rename={"up_proj": "c_fc", "down_proj": "c_proj"},
+        ),
         **norm("transformer.ln_f", "norm", bias=True),
     }
     for n, name in enumerate(("q_proj", "k_proj", "v_proj")):

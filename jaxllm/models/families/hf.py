@@ -43,7 +43,9 @@ class HFConfig:
         """Raise if an entry differs from the only value that is implemented."""
         for key, only in unsupported.items():
             if self.get(key, only) != only:
-                raise CheckpointError(f"config.json: {key}={self.values[key]!r} is not implemented for {self.model_type} (only {only!r} is)")
+                raise CheckpointError(
+                    f"config.json: {key}={self.values[key]!r} is not implemented for {self.model_type} (only {only!r} is)"
+                )
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         name = self.get(key, default)
@@ -56,7 +58,9 @@ class HFConfig:
             return explicit
         size, heads = self.require("hidden_size"), self.require("num_attention_heads")
         if size % heads:
-            raise CheckpointError(f"config.json: hidden_size {size} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
+            raise CheckpointError(
+                f"config.json: hidden_size {size} is not a multiple of num_attention_heads {heads}, and there is no head_dim"
+            )
         return size // heads
 
     def layer_windows(self, default_type) -> list[int | None]:
@@ -66,7 +70,9 @@ class HFConfig:
         if len(types) != n:
             raise CheckpointError(f"config.json: layer_types has {len(types)} entries for {n} layers")
         if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
-            raise CheckpointError(f"config.json: layer_types {', '.join(unknown)} not implemented (full_attention and sliding_attention are)")
+            raise CheckpointError(
+                f"config.json: layer_types {', '.join(unknown)} not implemented (full_attention and sliding_attention are)"
+            )
         if "sliding_attention" in types and window is None:
             raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is missing")
         return [window if t == "sliding_attention" else None for t in types]
@@ -83,7 +89,9 @@ class HFConfig:
     def parse_rope(self, values: Mapping[str, Any], theta: float) -> RopeConfig:
         kind = values.get("rope_type", values.get("type")) or "default"
         if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su"):
-            raise CheckpointError(f"config.json: rotary scaling {kind!r} is not implemented (default, linear, dynamic, llama3, yarn, longrope are)")
+            raise CheckpointError(
+                f"config.json: rotary scaling {kind!r} is not implemented (default, linear, dynamic, llama3, yarn, longrope are)"
+            )
         if kind == "su" or (kind == "yarn" and "short_factor" in values):  # what early Phi-3 exports called it
             kind = "longrope"
         theta = values.get("rope_theta") or self.get("rope_theta", theta)
@@ -167,7 +175,9 @@ class Weight:
     part: tuple[int, int] | None = None
 
 
-def projections(theirs: str, ours: str, *names: str, bias: bool, kind: Literal["plain", "conv1d"] = "plain", rename: Mapping[str, str] | None = None) -> dict[str, Weight]:
+def projections(
+    theirs: str, ours: str, *names: str, bias: bool, kind: Literal["plain", "conv1d"] = "plain", rename: Mapping[str, str] | None = None
+) -> dict[str, Weight]:
     """Entries for Linear modules `ours.name` that a checkpoint calls `theirs.name` (or what `rename` says)."""
     out = {}
     for name in names:
