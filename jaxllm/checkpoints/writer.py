@@ -128,7 +128,8 @@ def _write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
         header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    # PyTorch sums in another order where a matrix does not begin at a multiple of 64 bytes.
+    encoded += b" " * (-(8 + len(encoded)) % 64)
     with open(file, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in ordered.values():

@@ -22,6 +22,9 @@ COMMANDS = {
     "generate": ("jaxllm.launch.generate", "Continue prompts with a model, streaming the text."),
     "chat": ("jaxllm.launch.chat", "Talk with a model in the terminal."),
     "convert": ("jaxllm.launch.convert", "Write a model as a Hugging Face safetensors folder."),
+    "bench throughput": ("jaxllm.launch.bench.throughput", "Measure tokens a second over many requests at once."),
+    "bench latency": ("jaxllm.launch.bench.latency", "Measure the time to the first token and between tokens."),
+    "bench startup": ("jaxllm.launch.bench.startup", "Measure how long an engine takes to be ready."),
     "doctor": ("jaxllm.launch.doctor", "Show versions, devices, memory, caches and settings, and check that the device computes."),
 }
 
@@ -54,6 +57,10 @@ def _dispatch(arguments: list[str]) -> dict | None:
         print(_overview())
         return None
     name, rest = arguments[0], arguments[1:]
+    if any(command.startswith(f"{name} ") for command in COMMANDS):  # a command of two words
+        if not rest or rest[0].startswith("-"):
+            raise ConfigError(f"which one: {', '.join(command for command in COMMANDS if command.startswith(f'{name} '))}?")
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name in ("-V", "--version"):
         from importlib.metadata import version
 

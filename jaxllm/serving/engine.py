@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -16,6 +17,14 @@ from jaxllm.serving.output import TextStream
 from jaxllm.serving.request import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams
 from jaxllm.serving.scheduler import Scheduler, StepPlan
 from jaxllm.tokenizers import Tokenizer
+
+
+@dataclass
+class EngineStats:
+    """Of all steps so far: their number, and the seconds that the host spent on them rather than waiting for the device."""
+
+    steps: int = 0
+    host_s: float = 0.0
 
 
 class Engine:
@@ -33,6 +42,7 @@ class Engine:
         self._texts: dict[str, TextStream] = {}
         self._in_flight: deque[tuple[StepPlan, jax.Array]] = deque()
         self._num_added = 0
+        self.stats = EngineStats()
         self.load_s = loaded.load_s
         if config.warmup:
             self.runner.warm_up()
@@ -50,7 +60,8 @@ class Engine:
         request_id = request_id if request_id is not None else str(number)
         room = self.limits.max_model_len - len(ids)
         max_tokens = room if params.max_tokens is None else params.max_tokens
-        self.scheduler.add(request_id, len(ids), max(1, max_tokens))
+        text = TextStream(self.tokenizer, params, ids)
+        self.scheduler.add(request_id, len(ids), max(1, max_tokens))  # the last thing that may refuse: nothing is left half added
         self._requests[request_id] = Request(
             request_id=request_id,
             prompt=prompt,
@@ -61,7 +72,7 @@ class Engine:
             stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
             metrics=RequestMetrics(time.monotonic()),
         )
-        self._texts[request_id] = TextStream(self.tokenizer, params, ids)
+        self._texts[request_id] = text
         return request_id
 
     def abort(self, request_id: str) -> None:
@@ -72,17 +83,25 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Starts the next step, then reads the one before it; returns the requests that have something new."""
+        start = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan.scheduled:
-            self._in_flight.append((plan, self.runner.execute(plan, self._requests)))
+            prepared = self.runner.prepare(plan, self._requests)
+            self.stats.host_s += time.perf_counter() - start
+            self.stats.steps += 1
+            self._in_flight.append((plan, self.runner.launch(*prepared)))
         if self._in_flight and (len(self._in_flight) > 1 or not plan.scheduled):
-            return self._read(*self._in_flight.popleft())
+            plan, drawn = self._in_flight.popleft()
+            tokens = np.asarray(drawn).tolist()  # waits for the device
+            start = time.perf_counter()
+            outputs = self._read(plan, tokens)
+            self.stats.host_s += time.perf_counter() - start
+            return outputs
         if self._requests and not self._in_flight:
             raise RuntimeError(f"the scheduler has stalled with {len(self._requests)} requests: this is a bug in jaxllm, please report it")
         return []
 
-    def _read(self, plan: StepPlan, drawn: jax.Array) -> list[RequestOutput]:
-        tokens = np.asarray(drawn).tolist()
+    def _read(self, plan: StepPlan, tokens: list[int]) -> list[RequestOutput]:
         self.scheduler.complete(plan)
         now = time.monotonic()
         outputs = []

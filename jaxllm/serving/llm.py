@@ -1,6 +1,7 @@
 """The Python API: `LLM(...).generate(...)`, named after vLLM's."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxllm.errors import RequestError
@@ -21,11 +22,13 @@ class LLM:
     Takes the fields of `EngineConfig` as keywords. Raises ConfigError, CheckpointError or TokenizerError.
     """
 
-    def __init__(self, model: str, **options: Any):
+    def __init__(self, model: str | os.PathLike, **options: Any):
         from jaxllm.config import from_dict
 
-        self.config = from_dict(EngineConfig, {"model": str(model), **options}, where="LLM(...)")
+        self.config = from_dict(EngineConfig, {"model": str(model) if isinstance(model, os.PathLike) else model, **options}, where="LLM(...)")
         self.engine = Engine(self.config)
+        # The newest output of each request of ours, until it is taken: a stream may be read while another call drives the engine.
+        self._news: dict[str, RequestOutput | None] = {}
 
     @property
     def timings(self) -> dict[str, float]:
@@ -43,28 +46,25 @@ class LLM:
         A prompt is a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`. One SamplingParams serves all, or each has its
         own. Raises RequestError, before anything has run, if any of them is wrong.
         """
-        prompts = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, (str, dict)) else _as_list(prompts, "prompts must be a prompt or a list of them")
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             each = [sampling_params or SamplingParams()] * len(prompts)
         else:
-            each = list(sampling_params)
+            each = _as_list(sampling_params, "sampling_params must be a SamplingParams or a list of them")
             if len(each) != len(prompts):
                 raise RequestError(f"{len(prompts)} prompts came with {len(each)} sampling_params: give one for all, or one for each")
         ids: list[str] = []
-        done: dict[str, RequestOutput] = {}
         try:
             for prompt, params in zip(prompts, each, strict=True):
                 ids.append(self._add(prompt, params))
-            waiting = set(ids)
+            waiting = ids
             while waiting:
-                for output in self.engine.step():
-                    if output.finished and output.request_id in waiting:
-                        waiting.remove(output.request_id)
-                        done[output.request_id] = output
+                self._step()
+                waiting = [i for i in waiting if self._news[i] is None or not self._news[i].finished]
+            return [self._news[i] for i in ids]
         finally:  # a bad prompt or an interrupt leaves nothing behind
             for request_id in ids:
-                self.engine.abort(request_id)
-        return [done[i] for i in ids]
+                self._forget(request_id)
 
     def chat(
         self,
@@ -73,25 +73,41 @@ class LLM:
         **template: Any,
     ) -> list[RequestOutput]:
         """Answers a conversation, or several. Further keywords go to `Tokenizer.apply_chat_template` (`tools`, ...)."""
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        messages = _as_list(messages, "messages must be a list of messages (dicts), or a list of such lists")
+        conversations = [messages] if not messages or isinstance(messages[0], dict) else messages
         tokenizer = self.get_tokenizer()
         return self.generate([{"prompt_token_ids": tokenizer.apply_chat_template(m, **template)} for m in conversations], sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Continues one prompt, yielding all that there is so far whenever there is more. Closing the iterator aborts it."""
-        request_id = self._add(prompt, sampling_params or SamplingParams())
-        return self._follow(request_id)
+        outputs = self._follow(prompt, SamplingParams() if sampling_params is None else sampling_params)
+        next(outputs)  # up to the first yield: a bad request is refused now, and a stream that nobody reads is cleaned up
+        return outputs
 
-    def _follow(self, request_id: str) -> Iterator[RequestOutput]:
+    def _follow(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
+        request_id = self._add(prompt, params)
         try:
-            while True:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        yield output
-                        if output.finished:
-                            return
+            yield None
+            finished = False
+            while not finished:
+                while (output := self._news[request_id]) is None:
+                    self._step()
+                self._news[request_id] = None
+                finished = output.finished
+                yield output
         finally:
-            self.engine.abort(request_id)
+            self._forget(request_id)
+
+    def _step(self) -> None:
+        if not self.engine.has_work:
+            raise RequestError("the request was aborted: there is nothing to wait for")
+        for output in self.engine.step():
+            if output.request_id in self._news:
+                self._news[output.request_id] = output
+
+    def _forget(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        self._news.pop(request_id, None)
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         if not isinstance(params, SamplingParams):
@@ -101,8 +117,18 @@ class LLM:
         if not isinstance(prompt, dict) or set(prompt) not in ({"prompt"}, {"prompt_token_ids"}, {"prompt", "prompt_token_ids"}):
             raise RequestError(f"a prompt is a string, {{'prompt': ...}} or {{'prompt_token_ids': [...]}}, not {prompt!r:.200}")
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise RequestError(f"the text of a prompt must be a string, not {type(text).__name__}")
         if ids is None:
             ids = self.get_tokenizer().encode(text)
         elif isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
             raise RequestError(f"prompt_token_ids must be a list of token ids, not {type(ids).__name__}")
-        return self.engine.add_request(ids, params, prompt=text)
+        request_id = self.engine.add_request(ids, params, prompt=text)
+        self._news[request_id] = None
+        return request_id
+
+
+def _as_list(value: Iterable[Any], must: str) -> list[Any]:
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        raise RequestError(f"{must}, not {value!r:.100}")
+    return list(value)

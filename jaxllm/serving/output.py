@@ -15,11 +15,15 @@ class TextStream:
         self._held = ""  # decoded, not shown: it may be the beginning of a stop string
         self._detokenizer = None
         if tokenizer is not None:
-            self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=prompt_ids)
+            # Many models have more rows in their vocabulary than their tokenizer has tokens; those ids have no text.
+            self._known = lambda ids: [i for i in ids if i < tokenizer.vocab_size and tokenizer.id_to_token[i] is not None]
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=self._known(prompt_ids)
+            )
 
     def add(self, token: int) -> str | None:
         """One more token. Returns the stop string that its text completed, which ends the text just before it."""
-        return None if self._detokenizer is None else self._append(self._detokenizer.add([token]))
+        return None if self._detokenizer is None else self._append(self._detokenizer.add(self._known([token])))
 
     def finish(self) -> str | None:
         """No more tokens come: shows what was held back. Returns a stop string that the last characters completed."""

@@ -1,15 +1,31 @@
 """Requests and what comes back. Names follow vLLM's, so that a script moves by changing an import."""
 
 import dataclasses
-import math
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxllm.config import unknown
 from jaxllm.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
+def _refuse_unknown_keywords(cls):
+    """Makes the constructor refuse a keyword that it does not know with a RequestError that names the nearest one."""
+    init, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(init)
+    def __init__(self, *args, **keywords):
+        if strange := [name for name in keywords if name not in known]:
+            raise RequestError(f"{cls.__name__}: {unknown(strange[0], known, 'parameter')}")
+        init(self, *args, **keywords)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_refuse_unknown_keywords
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request's tokens are chosen and when they end.
@@ -44,7 +60,7 @@ class SamplingParams:
 
         def number(name: str) -> float:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e38:  # what float32 holds; not NaN
                 refuse(name, "a finite number")
             return value
 
@@ -66,12 +82,14 @@ class SamplingParams:
             whole("seed", 0, "a whole number from 0 to 2**64 - 1")
             if self.seed >= 2**64:
                 refuse("seed", "a whole number from 0 to 2**64 - 1")
+        if not isinstance(self.stop, (str, list, tuple, type(None))):
+            refuse("stop", "a string, or a list of strings, none of them empty")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(isinstance(s, str) and s for s in stop):
             refuse("stop", "a string, or a list of strings, none of them empty")
         ids = self.stop_token_ids
         if ids is not None and (
-            isinstance(ids, (str, bytes)) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+            not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
         ):
             refuse("stop_token_ids", "a list of token ids")
         object.__setattr__(self, "stop", stop)

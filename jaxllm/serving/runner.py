@@ -28,7 +28,7 @@ class RunnerStats:
 
 
 class Runner:
-    """Holds the weights and the KV cache. `execute` starts a step; the tokens it returns are read later."""
+    """Holds the weights and the KV cache. `launch` starts a step; the tokens it returns are read later."""
 
     def __init__(self, model: Model, limits: SchedulerConfig, *, num_pages: int, dtype, mesh: Mesh, rules: ShardingRules):
         self.model, self.limits, self.mesh, self.rules, self.num_pages = model, limits, mesh, rules, num_pages
@@ -58,12 +58,14 @@ class Runner:
         self.stats.compile_s += time.perf_counter() - start
         self._warm = True
 
-    def execute(self, plan: StepPlan, requests: dict[str, Request]) -> jax.Array:
-        """Starts a step. Returns int32 [sequences]: the token drawn after each scheduled sequence, in order, not yet computed."""
+    def prepare(self, plan: StepPlan, requests: dict[str, Request]) -> tuple[Bucket, np.ndarray]:
+        """The host's part of a step: its shape, and its arrays in one buffer."""
         bucket = pick_bucket(self.buckets, plan.num_tokens, len(plan.scheduled), plan.num_decode == len(plan.scheduled))
-        program = self._program(bucket)
-        buffer = jax.device_put(self._pack(plan, bucket, requests), self._whole)
-        return self.programs.run(program, self.state, buffer)
+        return bucket, self._pack(plan, bucket, requests)
+
+    def launch(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
+        """Starts a step. Returns int32 [sequences]: the token drawn after each scheduled sequence, in order, maybe not yet computed."""
+        return self.programs.run(self._program(bucket), self.state, jax.device_put(buffer, self._whole))
 
     def _program(self, bucket: Bucket) -> Any:
         if bucket not in self._programs:

@@ -1,7 +1,7 @@
 """Choosing the next token, on the device, without sorting the vocabulary.
 
-Filters come in vLLM's order: temperature, min_p, top_k, top_p. Each is a threshold, found by bisection: floats ordered as
-integers have 32 bits, so 32 counting passes find it exactly.
+Filters come in vLLM's order: temperature, min_p, top_k, top_p. top_k and top_p are thresholds, found by bisection: floats
+ordered as integers have 32 bits, so 32 counting passes find them exactly.
 """
 
 from typing import NamedTuple
@@ -29,15 +29,21 @@ def sample(logits: Float[Array, "N V"], params: SamplingArrays) -> Int[Array, " 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw():
-        temperature = jnp.where(params.temperature == 0, 1.0, params.temperature)
-        scaled = logits / temperature[:, None]
-        probs = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # the likeliest has 1
-        probs = jnp.where(probs < params.min_p[:, None], 0.0, probs)
-        filtered = jnp.any((params.top_k > 0) | (params.top_p < 1))
-        probs = jax.lax.cond(filtered, lambda p: _top_p(_top_k(p, params.top_k), params.top_p), lambda p: p, probs)
-        return jnp.where(params.temperature == 0, greedy, _inverse_cdf(probs, _uniform(params.seed, params.position)))
+        drawn = _inverse_cdf(weights(logits, params), _uniform(params.seed, params.position))
+        return jnp.where(params.temperature == 0, greedy, drawn)
 
     return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
+
+
+def weights(logits: Float[Array, "N V"], params: SamplingArrays) -> Float[Array, "N V"]:
+    """How likely each token is to be drawn, up to a factor: the likeliest has 1, those that the filters leave out have 0."""
+    temperature = jnp.where(params.temperature == 0, 1.0, params.temperature)[:, None]
+    # The largest is taken off first: a tiny temperature would make infinities of both.
+    probs = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature)
+    probs = jnp.where(probs < params.min_p[:, None], 0.0, probs)
+    # Greedy rows and padding ask for no passes over the vocabulary.
+    filtered = jnp.any((params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1)))
+    return jax.lax.cond(filtered, lambda p: _top_p(_top_k(p, logits, params.top_k), logits, params.top_p), lambda p: p, probs)
 
 
 def _uniform(seed: Array, position: Array) -> Array:
@@ -46,32 +52,34 @@ def _uniform(seed: Array, position: Array) -> Array:
     return jax.vmap(one)(seed, position)
 
 
-def _largest_threshold(probs: Array, holds) -> Array:
-    """The largest float t >= 0 of each row for which `holds(kept)` [N] is true of the tokens kept by probs >= t.
+def _likeliest(logits: Array, holds) -> Array:
+    """The fewest likeliest tokens of each row, ties of the last included, for which `holds(kept)` [N] is true, as a mask [N, V].
 
-    Non-negative floats order as their bits do. `holds` must stay true as more tokens are kept.
+    Logits decide, not probabilities, of which a high temperature makes ties. Floats order as their bits do, once those of
+    negative ones are turned round. `holds` must stay true as more tokens are kept; all are kept if it never is.
     """
-    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
     def step(i, low):
-        middle = low | (1 << (30 - i))
-        return jnp.where(holds(bits >= middle[:, None]), middle, low)
+        middle = low + (1 << (31 - i))  # from the most negative int32: the first sum wraps round to 0
+        return jnp.where(holds(order >= middle[:, None]), middle, low)
 
-    low = jax.lax.fori_loop(0, 31, step, jnp.zeros(probs.shape[0], jnp.int32))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    threshold = jax.lax.fori_loop(0, 32, step, jnp.full(logits.shape[0], jnp.iinfo(jnp.int32).min))
+    return order >= threshold[:, None]
 
 
-def _top_k(probs: Array, k: Array) -> Array:
+def _top_k(probs: Array, logits: Array, k: Array) -> Array:
     """Keeps the k likeliest of each row, and whatever ties with the last of them; k = 0 keeps all."""
-    threshold = _largest_threshold(probs, lambda kept: jnp.sum(kept, axis=-1) >= k)
-    return jnp.where((k[:, None] > 0) & (probs < threshold[:, None]), 0.0, probs)
+    kept = _likeliest(logits, lambda kept: jnp.sum(kept, axis=-1) >= k)
+    return jnp.where((k[:, None] > 0) & ~kept, 0.0, probs)
 
 
-def _top_p(probs: Array, p: Array) -> Array:
-    """Keeps the smallest set of likeliest tokens whose share of the sum is at least p, and ties of its last."""
-    wanted = p * jnp.sum(probs, axis=-1)
-    threshold = _largest_threshold(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1) >= wanted)
-    return jnp.where((p[:, None] < 1) & (probs < threshold[:, None]), 0.0, probs)
+def _top_p(probs: Array, logits: Array, p: Array) -> Array:
+    """Keeps the smallest set of likeliest tokens whose share of the sum is at least p, and ties of its last; the likeliest always."""
+    wanted = jnp.maximum(p * jnp.sum(probs, axis=-1), jnp.finfo(jnp.float32).tiny)
+    kept = _likeliest(logits, lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1) >= wanted)
+    return jnp.where((p[:, None] < 1) & ~kept, 0.0, probs)
 
 
 def _inverse_cdf(probs: Array, u: Array) -> Array:
@@ -82,10 +90,13 @@ def _inverse_cdf(probs: Array, u: Array) -> Array:
     target = u * ends[:, -1]
 
     def first_past(running, target, weights):
-        """The first place where the running sum is past the target and there is weight; the last with weight if rounding left none."""
-        place = jnp.sum(running <= target[:, None], axis=-1)
+        """The first place where the running sum is past the target and there is weight; the last with weight if rounding left none.
+
+        Asked of the place itself, because a running sum made in parallel may go up, or down, where nothing is added.
+        """
+        past = (running > target[:, None]) & (weights > 0)
         last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[1]), 0), axis=-1)
-        return jnp.minimum(place, last)
+        return jnp.where(jnp.any(past, axis=-1), jnp.argmax(past, axis=-1), last)
 
     block = first_past(ends, target, jnp.max(blocks, axis=-1))
     before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)

@@ -42,6 +42,7 @@ class Sequence:
     slot: int = -1  # its row in the device's table of last tokens, while it runs
     preemptions: int = 0
     outgrown: bool = False  # it has passed `recompute_beyond`
+    ended: bool = False  # finished or aborted; a step in flight may still have it
 
     @property
     def num_outputs(self) -> int:
@@ -107,6 +108,7 @@ class Scheduler:
         sequence = self._by_id.pop(request_id, None)
         if sequence is None:
             return
+        sequence.ended = True
         if sequence.slot >= 0:
             self.running.remove(sequence)
         else:
@@ -141,6 +143,7 @@ class Scheduler:
                 budget -= count
         while self.waiting and budget > 0 and not preempted and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
+            self._recompute_if_outgrown(sequence)  # it may have grown past the limit in the step that it was thrown out of
             count = min(self._num_ready(sequence), budget)
             if count == 0 or not self._reserve(sequence, sequence.num_computed + count):
                 break

@@ -1,7 +1,7 @@
 """What the families share: reading a Hugging Face `config.json`, and saying where each parameter lives in a checkpoint."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +18,48 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
+_TYPES: dict[str, tuple[tuple[str, ...], Any]] = {  # what entries must be, when they are there and not null
+    "text": (("model_type", "hidden_act", "hidden_activation", "activation_function"), str),
+    "a whole number": (
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "max_window_layers"),
+            *("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "ffn_dim", "word_embed_proj_dim", "no_rope_layer_interval"),
+            *("sliding_window_pattern", "_sliding_window_pattern"),
+        ),
+        int,
+    ),
+    "a number": (
+        (
+            *("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq", "partial_rotary_factor"),
+            *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        ),
+        (int, float),
+    ),
+    "true or false": (
+        (
+            *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "enable_bias", "do_layer_norm_before"),
+            "use_bidirectional_attention",
+        ),
+        bool,
+    ),
+    "a list": (("layer_types", "no_rope_layers"), Sequence),
+    "an object": (("rope_parameters", "rope_scaling", "text_config", "quantization_config"), Mapping),
+}
+
 
 @dataclass(frozen=True)
 class HFConfig:
     """A `config.json` whose missing or unsupported entries become errors that name them."""
 
     values: Mapping[str, Any]
+
+    def __post_init__(self):
+        for kind, (keys, types) in _TYPES.items():
+            for key in keys:
+                value = self.values.get(key)
+                if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and types is not bool)):
+                    raise CheckpointError(f"config.json: {key} must be {kind}, not {value!r:.100}")
 
     @property
     def model_type(self) -> str:

@@ -1,0 +1,1 @@
+"""`jaxllm bench ...`: measurements, each a command."""

@@ -1,0 +1,51 @@
+"""`jaxllm bench startup`: how long until an engine is ready."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxllm.launch.command import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Command):
+    """Seconds from this process's first import of JAX until every program is compiled, with what compiling took.
+
+    With --cold, nothing that was compiled before is used.
+
+    Example:
+
+      jaxllm bench startup --model demo --max-num-seqs 64 --cold --json
+    """
+
+    model: str
+    "A folder, a .gguf file, a hub name (owner/name), or `demo`."
+    max_num_seqs: int = 64
+    "Requests that run at the same time."
+    max_model_len: int = 2048
+    "Tokens of prompt and output together."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    "Of weights and activations; auto fits the device."
+    cold: bool = False
+    "Start without compiled programs from earlier runs."
+
+
+def run(config: Config) -> dict[str, Any]:
+    start = time.perf_counter()
+    from jaxllm import LLM
+
+    with tempfile.TemporaryDirectory() as empty:
+        llm = LLM(
+            config.model,
+            dtype=config.dtype,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            compilation_cache_dir=empty if config.cold else None,
+        )
+        startup = time.perf_counter() - start
+    compiles = llm.engine.runner.stats.compiles
+    print(f"ready after {startup:.2f} s: {llm.timings['compile_s']:.2f} s for {compiles} shapes, {llm.timings['load_s']:.2f} s of loading")
+    return {"startup_s": startup, **llm.timings, "compiles": compiles, "cold": config.cold, "model": config.model}

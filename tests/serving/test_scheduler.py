@@ -1,0 +1,293 @@
+"""The scheduler against a device made of Python lists: what it plans, when it is run, gives each request the tokens it has alone.
+
+The device's "model" draws a token that depends on every token before it, read back through the pages that the plan names: a
+page shared by mistake, a token computed twice, late or never, a slot given to two, all give a wrong token.
+"""
+
+import random
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxllm.errors import RequestError
+from jaxllm.serving.kv_cache import PagePool
+from jaxllm.serving.runner import _token_ids
+from jaxllm.serving.scheduler import Scheduler, SchedulerConfig, StepPlan
+
+
+def next_token(tokens: list[int]) -> int:
+    return hash(tuple(tokens)) % 10_000
+
+
+class FakeEngine:
+    """What `Engine` does with a scheduler, on the device described above."""
+
+    def __init__(self, limits: SchedulerConfig, num_pages: int):
+        self.limits, self.pool = limits, PagePool(num_pages)
+        self.scheduler = Scheduler(limits, self.pool)
+        self.cells = {}  # (page, place in it) -> (token, position, whether its rotary angles are those of a long sequence)
+        self.last_tokens = [None] * limits.max_num_seqs
+        self.requests, self.in_flight, self.plans = {}, deque(), []
+        self.computed, self.sampled = {}, {}  # of each sequence: (preemptions, outgrown, tokens computed since), tokens drawn
+        self.outputs = {}  # of requests that have ended by themselves
+        self.log = []  # of calls, to make them again
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int, stop_at: int) -> None:
+        """A request that happens to end after `stop_at` tokens."""
+        self.log.append(("add", request_id, prompt, max_tokens, stop_at))
+        self.scheduler.add(request_id, len(prompt), max_tokens)
+        self.requests[request_id] = SimpleNamespace(prompt_token_ids=prompt, output_token_ids=[], max_tokens=max_tokens, stop_at=stop_at)
+
+    def abort(self, request_id: str) -> None:
+        self.log.append(("abort", request_id))
+        del self.requests[request_id]
+        self.scheduler.finish(request_id)
+
+    def step(self, wait: bool = False) -> None:
+        """One step; `wait` reads it at once instead of one step later."""
+        self.log.append(("step", wait))
+        plan = self.scheduler.schedule()
+        self.check(plan)
+        if plan.scheduled:
+            self.in_flight.append((plan, [self.execute(s) for s in plan.scheduled]))
+        else:
+            assert self.in_flight or not self.requests, "stalled"
+        while self.in_flight and (len(self.in_flight) > 1 or not plan.scheduled or wait):
+            self.read(*self.in_flight.popleft())
+
+    def execute(self, s) -> int | None:
+        """Computes what is scheduled of one sequence; the token drawn, if one is."""
+        request, size = self.requests[s.sequence.request_id], self.limits.page_size
+        is_long = self.limits.recompute_beyond is not None and s.num_tokens > self.limits.recompute_beyond
+        ids = _token_ids(request, s)
+        assert len(ids) == s.count and -1 not in ids[:-1]
+        unread = s.num_tokens - len(request.prompt_token_ids) - len(request.output_token_ids)
+        assert (ids[-1] == -1) == (unread > 0 and s.samples)
+        for position, token in enumerate(ids, s.start):
+            token = self.last_tokens[s.sequence.slot] if token < 0 else token
+            self.cells[s.pages[position // size], position % size] = (token, position, is_long)
+        if not s.samples:
+            return None
+        seen = [self.cells[s.pages[p // size], p % size] for p in range(s.start + s.count)]
+        assert [(position, long) for _, position, long in seen] == [(p, is_long) for p in range(len(seen))]
+        drawn = next_token([token for token, _, _ in seen])
+        self.last_tokens[s.sequence.slot] = drawn
+        return drawn
+
+    def read(self, plan: StepPlan, drawn: list[int | None]) -> None:
+        self.scheduler.complete(plan)
+        for s, token in zip(plan.scheduled, drawn, strict=True):
+            if not s.samples or s.sequence.ended:
+                continue
+            request = self.requests[s.sequence.request_id]
+            request.output_token_ids.append(token)
+            if len(request.output_token_ids) == request.stop_at:
+                self.outputs[s.sequence.request_id] = request.output_token_ids
+                tokens = list(request.prompt_token_ids)
+                for token in request.output_token_ids:
+                    assert token == next_token(tokens)
+                    tokens.append(token)
+                del self.requests[s.sequence.request_id]
+                self.scheduler.finish(s.sequence.request_id)
+
+    def check(self, plan: StepPlan) -> None:
+        """All that must be true of a plan when it is made."""
+        scheduled, limit = plan.scheduled, self.limits.recompute_beyond
+        self.plans.append([(s.sequence.request_id, s.sequence.slot, s.start, s.count, s.samples, s.num_tokens, s.pages) for s in scheduled])
+        counts = [s.count for s in scheduled]
+        assert plan.num_tokens == sum(counts) <= self.limits.max_num_batched_tokens
+        assert len(scheduled) <= self.limits.max_num_seqs and len({id(s.sequence) for s in scheduled}) == len(scheduled)
+        assert all(n == 1 for n in counts[: plan.num_decode]) and all(n > 1 for n in counts[plan.num_decode :])
+        for s in scheduled:
+            sequence = s.sequence
+            assert sequence.request_id in self.requests and sequence in self.scheduler.running
+            assert s.pages == tuple(sequence.pages) and len(s.pages) * self.limits.page_size >= s.start + s.count
+            outgrown = limit is not None and s.num_tokens > limit
+            before = self.computed.get(sequence, (sequence.preemptions, outgrown, 0))
+            done = before[2] if before[:2] == (sequence.preemptions, outgrown) else 0
+            assert s.start == done, "each token is computed once, in order, unless all was thrown away"
+            self.computed[sequence] = (sequence.preemptions, outgrown, done + s.count)
+            assert s.samples == (s.start + s.count == s.num_tokens)
+            self.sampled[sequence] = self.sampled.get(sequence, 0) + s.samples
+            assert self.sampled[sequence] <= sequence.max_tokens
+        self.check_pool()
+
+    def check_pool(self) -> None:
+        running, waiting = self.scheduler.running, list(self.scheduler.waiting)
+        assert {s.request_id for s in running + waiting} == set(self.requests) and len(running + waiting) == len(self.requests)
+        held = [page for s in running for page in s.pages]
+        assert not any(s.pages for s in waiting) and all(s.slot == -1 for s in waiting)
+        assert sorted(held + self.pool._free) == list(range(1, self.pool.num_pages)), "each page is held once or free, page 0 never either"
+        slots = [s.slot for s in running]
+        assert len(set(slots)) == len(slots) and all(0 <= slot < self.limits.max_num_seqs for slot in slots)
+
+    def drain(self) -> None:
+        """Runs until all has ended: the oldest request advances at least every second step."""
+        bound = sum(2 * (len(r.prompt_token_ids) + 2 * r.max_tokens) + 4 for r in self.requests.values()) + 4
+        for _ in range(bound):
+            if not self.requests and not self.in_flight:
+                break
+            self.step()
+        assert not self.requests and not self.in_flight, f"not done after {bound} steps"
+        assert not self.scheduler.has_work and self.pool.num_free == self.pool.capacity
+
+
+def replay(engine: FakeEngine) -> FakeEngine:
+    """A new engine that was told the same things."""
+    twin = FakeEngine(engine.limits, engine.pool.num_pages)
+    for name, *arguments in list(engine.log):
+        getattr(twin, name)(*arguments)
+    return twin
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, run, end and are aborted at any moment, with a step in flight or none."""
+
+    @initialize(data=st.data())
+    def start(self, data):
+        draw = lambda *range: data.draw(st.integers(*range))
+        page_size, max_model_len, max_num_seqs = draw(1, 5), draw(4, 30), draw(1, 5)
+        self.limits = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=draw(max_num_seqs, 20),
+            max_model_len=max_model_len,
+            page_size=page_size,
+            recompute_beyond=data.draw(st.none() | st.integers(1, 20)),
+        )
+        one = -(-max_model_len // page_size)  # the pool holds the longest request, and little more
+        self.engine = FakeEngine(self.limits, 1 + one + draw(0, 2 * one))
+        self.number = 0
+
+    @rule(data=st.data())
+    def add(self, data):
+        num_prompt = data.draw(st.integers(1, self.limits.max_model_len - 1))
+        max_tokens = data.draw(st.integers(1, self.limits.max_model_len - num_prompt))
+        stop_at = data.draw(st.integers(1, max_tokens))
+        free = [i for i in "abcdefghijklmnop" if i not in self.engine.requests]  # names are used again
+        if free:
+            self.number += 1
+            self.engine.add(free[0], [100_000 * self.number + i for i in range(num_prompt)], max_tokens, stop_at)
+
+    @rule(wait=st.booleans(), times=st.integers(1, 6))
+    def step(self, wait, times):
+        for _ in range(times):
+            self.engine.step(wait)
+
+    @precondition(lambda self: self.engine.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        self.engine.abort(data.draw(st.sampled_from(sorted(self.engine.requests))))
+
+    @invariant()
+    def pool_is_whole(self):
+        if hasattr(self, "engine"):
+            self.engine.check_pool()
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.drain()
+            assert replay(self.engine).plans == self.engine.plans
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+TestScheduler = SchedulerMachine.TestCase
+
+
+@pytest.mark.parametrize("first_seed", range(0, 400, 100))
+def test_random_lives(first_seed):
+    """As the machine above, but always crowded, which drawn examples seldom are."""
+    for seed in range(first_seed, first_seed + 100):
+        rng = random.Random(seed)
+        page_size, longest, max_num_seqs = rng.randint(1, 5), rng.randint(4, 30), rng.randint(1, 5)
+        one = -(-longest // page_size)
+        beyond = rng.choice([None, rng.randint(1, 20), rng.randint(1, 20)])
+        engine = FakeEngine(
+            SchedulerConfig(max_num_seqs, rng.randint(max_num_seqs, 20), longest, page_size, beyond), 1 + one + rng.randint(0, one)
+        )
+        for k in range(rng.randint(1, 60)):
+            choice = rng.random()
+            if choice < 0.3 and len(engine.requests) < 8:
+                num_prompt = rng.randint(1, longest - 1)
+                max_tokens = rng.randint(1, longest - num_prompt)
+                engine.add(
+                    str(k), [1000 * k + i for i in range(num_prompt)], max_tokens, rng.choice([max_tokens, rng.randint(1, max_tokens)])
+                )
+            elif choice < 0.35 and engine.requests:
+                engine.abort(rng.choice(sorted(engine.requests)))
+            else:
+                engine.step(wait=rng.random() < 0.2)
+        engine.drain()
+
+
+LIMITS = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=8, max_model_len=32, page_size=4)
+
+
+def limits(**changes) -> SchedulerConfig:
+    return SchedulerConfig(**{**vars(LIMITS), **changes})
+
+
+@pytest.mark.parametrize("recompute_beyond", [None, 12, 20])
+def test_crowded_pool(recompute_beyond):
+    """What the machine above draws really meets preemption, chunks, waiting and growth past the limit."""
+    engine = FakeEngine(limits(recompute_beyond=recompute_beyond), 12)
+    for i in range(8):
+        engine.add(str(i), [1000 * i + j for j in range(5 + i)], 18, 18 - i)
+    engine.drain()
+    assert engine.scheduler.num_preemptions > 0 and set(engine.outputs) == set("01234567")
+    assert any(count > 1 and not samples for plan in engine.plans for _, _, _, count, samples, *_ in plan)
+    restarts = sum(start == 0 for plan in engine.plans for _, _, start, *_ in plan)
+    if recompute_beyond is None:
+        assert restarts <= 8 + engine.scheduler.num_preemptions
+    else:
+        assert restarts > 8
+
+
+def test_decodes_keep_one_step_ahead():
+    """A running request is scheduled in every step: nothing waits for its token to be read."""
+    engine = FakeEngine(LIMITS, 64)
+    engine.add("a", [1, 2, 3], 20, 20)
+    engine.add("b", [4, 5], 20, 20)
+    for _ in range(20):
+        engine.step()
+    assert [len(plan) for plan in engine.plans] == [2] * 20
+    engine.step()
+    assert engine.plans[-1] == [] and set(engine.outputs) == {"a", "b"}
+
+
+def test_a_long_prompt_does_not_hold_up_those_that_run():
+    engine = FakeEngine(limits(max_model_len=200), 100)
+    engine.add("short", [1, 2], 40, 40)
+    engine.step()
+    engine.add("long", list(range(100, 200)), 4, 4)
+    for _ in range(10):
+        engine.step()
+        assert [(request_id, count) for request_id, _, _, count, *_ in engine.plans[-1]] == [("short", 1), ("long", 7)]
+    engine.drain()
+
+
+def test_tokens_of_an_aborted_request_do_not_reach_the_next_of_its_name():
+    engine = FakeEngine(LIMITS, 64)
+    engine.add("a", [1, 2, 3], 5, 5)
+    engine.step()
+    engine.abort("a")
+    engine.add("a", [7, 8], 5, 5)
+    engine.drain()  # checks every token
+    assert len(engine.outputs["a"]) == 5
+
+
+def test_what_can_never_run_is_refused():
+    scheduler = Scheduler(LIMITS, PagePool(5))
+    with pytest.raises(RequestError, match="max_model_len=32"):
+        scheduler.add("a", 30, 3)
+    with pytest.raises(RequestError, match="5 pages .* it has 4"):
+        scheduler.add("a", 10, 7)
+    scheduler.add("a", 10, 6)
+    with pytest.raises(RequestError, match="'a' already"):
+        scheduler.add("a", 1, 1)
+    scheduler.finish("nobody")
+    scheduler.finish("a")
+    assert not scheduler.has_work and not scheduler.schedule().scheduled
