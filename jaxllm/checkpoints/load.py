@@ -170,8 +170,8 @@ def _fused_too_long(parameters: list[_Parameter], source: TensorSource) -> Itera
     for w in (w for p in parameters for w in p.weights if w.part is not None):
         ends[w.name] = (max(ends.get(w.name, (0, 0))[0], w.part[1]), _fused_axis(w))
     for name, (end, axis) in ends.items():
-        if name in source.tensors and source.tensors[name].shape[axis] != end:
-            yield f"{name} has {source.tensors[name].shape[axis]} fused features, and the configuration makes it {end}"
+        if name in source.tensors and (found := source.tensors[name].shape) and found[axis] != end:  # one without axes is named above
+            yield f"{name} has {found[axis]} fused features, and the configuration makes it {end}"
 
 
 def _read(source: TensorSource, p: _Parameter, index: tuple[slice, ...], dtype, not_finite: list[str]) -> np.ndarray:

@@ -26,6 +26,7 @@ class EngineConfig:
       memory_fraction: of the device's memory that weights and KV cache may take together.
       scan_layers: run repeated layers in a loop (compiles fast) or unrolled (faster on the CPU).
       warmup: compile every program at start; without it each is compiled when it is first needed.
+      enable_prefix_caching: share the KV cache's pages among requests that begin alike, and keep them for later ones.
       seed: makes the random numbers of requests that bring no seed of their own reproducible.
       skip_tokenizer_init: no tokenizer: prompts must be token ids, and outputs have no text.
       compilation_cache_dir: where compiled programs are kept between runs; "" turns that off, None is jaxllm's cache folder.
@@ -44,6 +45,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     scan_layers: bool | None = None
     warmup: bool = True
+    enable_prefix_caching: bool = True
     seed: int = 0
     skip_tokenizer_init: bool = False
     compilation_cache_dir: str | None = None
@@ -65,7 +67,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if isinstance(self.memory_fraction, bool) or not isinstance(self.memory_fraction, (int, float)) or not 0 < self.memory_fraction <= 1:
+        fraction = self.memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ConfigError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction!r}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

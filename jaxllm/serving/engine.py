@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxllm.errors import RequestError
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.kv_cache import PagePool
+from jaxllm.serving.kv_cache import PagePool, page_names
 from jaxllm.serving.loading import load
 from jaxllm.serving.output import TextStream
 from jaxllm.serving.request import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams
@@ -42,6 +42,9 @@ class Engine:
         self._texts: dict[str, TextStream] = {}
         self._in_flight: deque[tuple[StepPlan, jax.Array]] = deque()
         self._num_added = 0
+        # Keys that depend on the length of their sequence are another's only if its length is the same.
+        fixed = not any(rope.depends_on_length for rope in self.runner.model.config.ropes.values())
+        self._shares_pages = config.enable_prefix_caching and fixed
         self.stats = EngineStats()
         self.load_s = loaded.load_s
         if config.warmup:
@@ -61,7 +64,8 @@ class Engine:
         room = self.limits.max_model_len - len(ids)
         max_tokens = room if params.max_tokens is None else params.max_tokens
         text = TextStream(self.tokenizer, params, ids)
-        self.scheduler.add(request_id, len(ids), max(1, max_tokens))  # the last thing that may refuse: nothing is left half added
+        names = page_names(ids, self.limits.page_size) if self._shares_pages else None
+        self.scheduler.add(request_id, len(ids), max(1, max_tokens), names or ())  # the last that may refuse: nothing is half added
         self._requests[request_id] = Request(
             request_id=request_id,
             prompt=prompt,
@@ -71,6 +75,7 @@ class Engine:
             max_tokens=max_tokens,
             stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
             metrics=RequestMetrics(time.monotonic()),
+            page_names=names,
         )
         self._texts[request_id] = text
         return request_id
@@ -124,15 +129,38 @@ class Engine:
             request.finish_reason, request.stop_reason = "stop", stop
         elif len(request.output_token_ids) >= request.max_tokens:
             request.finish_reason = "length"
+        cached = self.scheduler.num_cached_tokens(request.request_id)
         if request.finish_reason is not None:
             if (stop := text.finish()) is not None and request.stop_reason is None and request.finish_reason == "length":
                 request.finish_reason, request.stop_reason = "stop", stop
             request.metrics.finished_time = now
             self.abort(request.request_id)
+        else:
+            self._name_page(request)
         completion = CompletionOutput(0, text.text, list(request.output_token_ids), request.finish_reason, request.stop_reason)
         return RequestOutput(
-            request.request_id, request.prompt, request.prompt_token_ids, [completion], request.metrics, request.finish_reason is not None
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            [completion],
+            request.metrics,
+            finished=request.finish_reason is not None,
+            num_cached_tokens=cached,
         )
+
+    def _name_page(self, request: Request) -> None:
+        """Tells the scheduler of the page that the newest token has filled, if it has."""
+        size = self.limits.page_size
+        if request.page_names is None or (len(request.prompt_token_ids) + len(request.output_token_ids)) % size:
+            return
+        page = (request.prompt_token_ids + request.output_token_ids)[-size:]
+        new = page_names(page, size, request.page_names[-1] if request.page_names else b"")
+        request.page_names += new
+        self.scheduler.name_pages(request.request_id, new)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all that finished requests left in the KV cache."""
+        self.pool.forget()
 
     def _check(self, prompt_token_ids: Seq[int], params: SamplingParams) -> list[int]:
         ids = list(prompt_token_ids)

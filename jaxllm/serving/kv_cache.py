@@ -1,5 +1,11 @@
 """The KV cache: one buffer of pages for all layers, and the pool that hands pages out."""
 
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import takewhile
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -9,11 +15,19 @@ from jaxllm.sharding import ShardingRules
 
 
 class PagePool:
-    """Hands out page numbers. Page 0 is never handed out: padding points at it."""
+    """Hands out page numbers, and remembers what full pages hold, so that requests that begin alike share them.
+
+    A page is in use by some sequences, or cached (in use by none, contents known), or free. Cached pages count as free: when
+    no others are left, the one used longest ago is taken. Page 0 is never handed out: padding points at it.
+    """
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, 0, -1))
+        self._users = [0] * num_pages
+        self._name: dict[int, bytes] = {}  # of pages whose contents are known
+        self._page: dict[bytes, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the one used longest ago first
 
     @property
     def capacity(self) -> int:
@@ -22,17 +36,61 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._cached)
 
     def take(self, n: int) -> list[int]:
-        """n pages. The caller has made sure that they are there."""
-        assert n <= len(self._free), f"{n} pages asked for, {len(self._free)} free"
-        taken = self._free[len(self._free) - n :][::-1]
-        del self._free[len(self._free) - n :]
-        return taken
+        """n pages, their contents forgotten. The caller has made sure that they are there."""
+        assert n <= self.num_free, f"{n} pages asked for, {self.num_free} free"
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(n)]
+        for page in pages:
+            self._users[page] = 1
+        return pages
 
     def give_back(self, pages: list[int]) -> None:
-        self._free.extend(reversed(pages))
+        """One user fewer of each page. The last pages of a sequence are forgotten before its first."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                if page in self._name:
+                    self._cached[page] = None
+                else:
+                    self._free.append(page)
+
+    def publish(self, page: int, name: bytes) -> None:
+        """A page in use is full, and will not be written again; `name` stands for its contents and all before them."""
+        if name not in self._page and page not in self._name:
+            self._page[name], self._name[page] = page, name
+
+    def find(self, names: list[bytes]) -> list[int]:
+        """The pages that hold the longest known beginning of `names`."""
+        return [self._page[name] for name in takewhile(self._page.__contains__, names)]
+
+    def share(self, pages: list[int]) -> None:
+        """One user more of each page that `find` gave."""
+        for page in pages:
+            self._users[page] += 1
+            self._cached.pop(page, None)
+
+    def forget(self) -> None:
+        """Forgets the contents of all pages; those in use stay in use."""
+        self._name.clear()
+        self._page.clear()
+        self._free.extend(self._cached)
+        self._cached.clear()
+
+    def _evict(self) -> int:
+        page, _ = self._cached.popitem(last=False)
+        del self._page[self._name.pop(page)]
+        return page
+
+
+def page_names(tokens: Sequence[int], page_size: int, before: bytes = b"") -> list[bytes]:
+    """A name for each full page of `tokens`: a hash of what it holds and of the name `before` it, so of everything before."""
+    names = []
+    for start in range(0, len(tokens) - page_size + 1, page_size):
+        before = blake2b(before + array("i", tokens[start : start + page_size]).tobytes(), digest_size=16).digest()
+        names.append(before)
+    return names
 
 
 def num_cache_heads(config: ModelConfig, rules: ShardingRules, mesh: Mesh) -> int:

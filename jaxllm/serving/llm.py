@@ -25,7 +25,8 @@ class LLM:
     def __init__(self, model: str | os.PathLike, **options: Any):
         from jaxllm.config import from_dict
 
-        self.config = from_dict(EngineConfig, {"model": str(model) if isinstance(model, os.PathLike) else model, **options}, where="LLM(...)")
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        self.config = from_dict(EngineConfig, {"model": model, **options}, where="LLM(...)")
         self.engine = Engine(self.config)
         # The newest output of each request of ours, until it is taken: a stream may be read while another call drives the engine.
         self._news: dict[str, RequestOutput | None] = {}

@@ -136,6 +136,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     finished: bool = False
+    num_cached_tokens: int = 0  # of the prompt, that were in the KV cache already
 
 
 @dataclass
@@ -153,4 +154,4 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    text: str = ""
+    page_names: list[bytes] | None = None  # of its full pages; None: it shares none

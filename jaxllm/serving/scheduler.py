@@ -10,6 +10,7 @@ that came last gives up its pages and waits to be computed again: the oldest alw
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxllm.errors import RequestError
@@ -42,6 +43,9 @@ class Sequence:
     slot: int = -1  # its row in the device's table of last tokens, while it runs
     preemptions: int = 0
     outgrown: bool = False  # it has passed `recompute_beyond`
+    page_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as their tokens are known
+    num_published: int = 0  # pages that others can share
+    num_cached: int = 0  # tokens that it found computed when it was first admitted
     ended: bool = False  # finished or aborted; a step in flight may still have it
 
     @property
@@ -83,8 +87,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._by_id)
 
-    def add(self, request_id: str, num_prompt: int, max_tokens: int) -> None:
-        """A new request of `num_prompt` tokens that will have at most `max_tokens` more. Raises RequestError if it can never run."""
+    def add(self, request_id: str, num_prompt: int, max_tokens: int, page_names: Iterable[bytes] = ()) -> None:
+        """A new request of `num_prompt` tokens that will have at most `max_tokens` more. Raises RequestError if it can never run.
+
+        `page_names` (`kv_cache.page_names` of the prompt) let it share pages with requests that begin alike.
+        """
         total = num_prompt + max_tokens
         if total > self.config.max_model_len:
             raise RequestError(
@@ -100,6 +107,7 @@ class Scheduler:
             raise RequestError(f"there is a request {request_id!r} already")
         limit = self.config.recompute_beyond
         sequence = Sequence(request_id, num_prompt, max_tokens, num_tokens=num_prompt, outgrown=limit is not None and num_prompt > limit)
+        sequence.page_names += page_names
         self._by_id[request_id] = sequence
         self.waiting.append(sequence)
 
@@ -114,6 +122,14 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         self._release(sequence)
+
+    def name_pages(self, request_id: str, names: Iterable[bytes]) -> None:
+        """The tokens of a request's next full pages are known."""
+        self._by_id[request_id].page_names += names
+
+    def num_cached_tokens(self, request_id: str) -> int:
+        """Tokens of a request's prompt that were in the cache when it was admitted."""
+        return self._by_id[request_id].num_cached
 
     def complete(self, plan: StepPlan) -> None:
         """The tokens that a plan sampled have been read."""
@@ -144,8 +160,10 @@ class Scheduler:
         while self.waiting and budget > 0 and not preempted and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
             self._recompute_if_outgrown(sequence)  # it may have grown past the limit in the step that it was thrown out of
+            self._find_cached(sequence)
             count = min(self._num_ready(sequence), budget)
             if count == 0 or not self._reserve(sequence, sequence.num_computed + count):
+                self._let_go(sequence)
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
@@ -166,12 +184,30 @@ class Scheduler:
     def _plan(self, sequence: Sequence, count: int) -> ScheduledSequence:
         start = sequence.num_computed
         sequence.num_computed += count
+        full = min(sequence.num_computed // self.config.page_size, len(sequence.page_names))
+        for i in range(sequence.num_published, full):  # later steps run after this one: they may read what it writes
+            self.pool.publish(sequence.pages[i], sequence.page_names[i])
+        sequence.num_published = max(sequence.num_published, full)
         samples = sequence.num_computed == sequence.num_tokens
         planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, tuple(sequence.pages))
         if samples:
             sequence.num_tokens += 1
             sequence.in_flight += 1
         return planned
+
+    def _find_cached(self, sequence: Sequence) -> None:
+        """Gives a waiting sequence the pages that hold its beginning already. Its last token is always computed: it has the logits."""
+        pages = self.pool.find(sequence.page_names[: (sequence.num_tokens - 1) // self.config.page_size])
+        self.pool.share(pages)
+        sequence.pages, sequence.num_published = pages, len(pages)
+        sequence.num_computed = len(pages) * self.config.page_size
+        if not sequence.preemptions:
+            sequence.num_cached = sequence.num_computed
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """A sequence that waits holds nothing."""
+        self.pool.give_back(sequence.pages)
+        sequence.pages, sequence.num_computed, sequence.num_published = [], 0, 0
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
@@ -186,8 +222,7 @@ class Scheduler:
         return True
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.give_back(sequence.pages)
-        sequence.pages = []
+        self._let_go(sequence)
         if sequence.slot >= 0:
             self._free_slots.append(sequence.slot)
             sequence.slot = -1
@@ -195,7 +230,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.num_computed = 0
         sequence.preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)

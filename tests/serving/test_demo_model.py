@@ -13,7 +13,7 @@ GOLDEN = demo()
 PROMPTS = {entry["name"]: entry for entry in GOLDEN["prompts"]}
 OPTIONS = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=128, max_model_len=640)  # the longest: 558 tokens and 48
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, skip_special_tokens=False)
-NEAR_TIE = 2e-3  # logits that close may change places in another order of summation (goldens/README.md: up to 3e-5 a layer stack)
+NEAR_TIE = 2e-3  # logits that close may change places in another order of summation (transformers itself differs by 3e-5 and more)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,8 @@ def test_stop_strings(llm, case):
     assert (completion.text, completion.finish_reason, completion.stop_reason) == (text, "stop", reason)
     assert all(text.startswith(o.outputs[0].text) for o in outputs)  # no part of the stop string was ever shown
     assert completion.token_ids == PROMPTS["sentence"]["greedy"][: len(completion.token_ids)]
-    together = llm.generate([PROMPTS["sentence"]["text"], PROMPTS["code"]["text"]], [params, GREEDY])
-    assert [o.outputs[0].text for o in together] == [text, PROMPTS["code"]["greedy_text"]]
+    together = llm.generate([PROMPTS["sentence"]["text"], PROMPTS["one word"]["text"]], [params, GREEDY.replace(max_tokens=3)])
+    assert [o.outputs[0].text for o in together] == [text, "-in-a"]
 
 
 def test_a_stop_string_that_never_comes_changes_nothing(llm):

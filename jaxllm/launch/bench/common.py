@@ -58,6 +58,7 @@ def make_llm(config: BenchCommand) -> tuple[LLM, float]:
         max_num_seqs=config.max_num_seqs or config.num_prompts,
         max_num_batched_tokens=config.max_num_batched_tokens,
         skip_tokenizer_init=True,
+        enable_prefix_caching=False,
     )
     startup = time.perf_counter() - start
     print(f"ready after {startup:.1f} s", file=sys.stderr)

@@ -1,7 +1,7 @@
 """What the families share: reading a Hugging Face `config.json`, and saying where each parameter lives in a checkpoint."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ _TYPES: dict[str, tuple[tuple[str, ...], Any]] = {  # what entries must be, when
         ),
         bool,
     ),
-    "a list": (("layer_types", "no_rope_layers"), Sequence),
+    "a list": (("layer_types", "no_rope_layers"), (list, tuple)),
     "an object": (("rope_parameters", "rope_scaling", "text_config", "quantization_config"), Mapping),
 }
 
@@ -105,9 +105,10 @@ class HFConfig:
         types = self.get("layer_types") or ["sliding_attention" if default_type(i) else "full_attention" for i in range(n)]
         if len(types) != n:
             raise CheckpointError(f"config.json: layer_types has {len(types)} entries for {n} layers")
-        if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
+        if unknown := [t for t in types if t not in ("sliding_attention", "full_attention")]:
             raise CheckpointError(
-                f"config.json: layer_types {', '.join(unknown)} not implemented (full_attention and sliding_attention are)"
+                f"config.json: layer_types {', '.join(dict.fromkeys(map(str, unknown)))} not implemented "
+                "(full_attention and sliding_attention are)"
             )
         if "sliding_attention" in types and window is None:
             raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is missing")
