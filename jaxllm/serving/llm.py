@@ -7,10 +7,9 @@ from typing import Any
 from jaxllm.errors import RequestError
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine, get_tokenizer
+from jaxllm.serving.prompt import Prompt, read_prompt
 from jaxllm.serving.request import RequestOutput, SamplingParams
 from jaxllm.tokenizers import Tokenizer
-
-Prompt = str | dict[str, Any]
 
 
 class LLM:
@@ -111,19 +110,7 @@ class LLM:
         self._news.pop(request_id, None)
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
-        if isinstance(prompt, str):
-            prompt = {"prompt": prompt}
-        if not isinstance(prompt, dict) or set(prompt) not in ({"prompt"}, {"prompt_token_ids"}, {"prompt", "prompt_token_ids"}):
-            raise RequestError(f"a prompt is a string, {{'prompt': ...}} or {{'prompt_token_ids': [...]}}, not {prompt!r:.200}")
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if text is not None and not isinstance(text, str):
-            raise RequestError(f"the text of a prompt must be a string, not {type(text).__name__}")
-        if ids is None:
-            ids = self.get_tokenizer().encode(text)
-        elif isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-            raise RequestError(f"prompt_token_ids must be a list of token ids, not {type(ids).__name__}")
+        text, ids = read_prompt(prompt, params, self.engine)
         request_id = self.engine.add_request(ids, params, prompt=text)
         self._news[request_id] = None
         return request_id
