@@ -111,9 +111,8 @@ class Engine:
         now = time.monotonic()
         outputs = []
         for scheduled, token in zip(plan.scheduled, tokens, strict=False):  # rows past the last sequence are padding
-            request = self._requests.get(scheduled.sequence.request_id)
-            if scheduled.samples and request is not None:
-                outputs.append(self._advance(request, token, now))
+            if scheduled.samples and not scheduled.sequence.ended:  # aborted since, and its name may be another's by now
+                outputs.append(self._advance(self._requests[scheduled.sequence.request_id], token, now))
         return outputs
 
     def _advance(self, request: Request, token: int, now: float) -> RequestOutput:

@@ -46,7 +46,7 @@ class PagePool:
             self._users[page] = 1
         return pages
 
-    def give_back(self, pages: list[int]) -> None:
+    def give_back(self, pages: Sequence[int]) -> None:
         """One user fewer of each page. The last pages of a sequence are forgotten before its first."""
         for page in reversed(pages):
             self._users[page] -= 1

@@ -23,7 +23,7 @@ from jaxllm.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_CPU_CACHE_BYTES = 1 << 30  # of KV cache on the CPU, where memory is everybody's, unless one full request needs more
+_CPU_CACHE_BYTES = 1 << 30  # of KV cache on the CPU, where memory is everybody's, unless one request of the length asked for needs more
 
 
 @dataclass
@@ -46,11 +46,9 @@ def load(config: EngineConfig) -> Loaded:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     path = resolve_model(config.model)
     source = open_checkpoint(path)
-    tokenizer = (
-        None
-        if config.skip_tokenizer_init
-        else load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
-    )
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
     dtype = _dtype(config.dtype, source.config, on_cpu)
     scan = config.scan_layers if config.scan_layers is not None else not on_cpu
     model_config = config_from_hf(source.config)
@@ -104,8 +102,8 @@ def _tokenizer_path(path: Path) -> Path:
 def _dtype(asked: str, hf: dict, on_cpu: bool):
     if asked != "auto":
         return jnp.dtype(asked)
-    stored = hf.get("torch_dtype") or hf.get("dtype") or "bfloat16"
-    return jnp.dtype("float32" if on_cpu or stored == "float32" else "bfloat16" if stored not in ("float16",) else "float16")
+    stored = hf.get("torch_dtype") or hf.get("dtype")
+    return jnp.dtype("float32" if on_cpu else stored if stored in ("float32", "float16") else "bfloat16")
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -127,7 +125,7 @@ def _num_pages(config: EngineConfig, mesh, a_page: int, page_size: int, max_mode
     one = -(-max_model_len // page_size)
     room = _free_bytes(mesh, config.memory_fraction)
     if mesh.devices.flat[0].platform == "cpu":
-        room = min(room, max(_CPU_CACHE_BYTES, one * a_page))
+        room = min(room, max(_CPU_CACHE_BYTES, one * a_page if config.max_model_len is not None else 0))
     return max(2, min(config.max_num_seqs * one, room // a_page) + 1)
 
 

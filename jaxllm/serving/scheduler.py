@@ -12,6 +12,7 @@ that came last gives up its pages and waits to be computed again: the oldest alw
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxllm.errors import RequestError
 from jaxllm.serving.kv_cache import PagePool
@@ -39,7 +40,7 @@ class Sequence:
     num_tokens: int = 0  # prompt and outputs, those in flight included
     num_computed: int = 0  # whose keys and values are in the cache when the planned steps have run
     in_flight: int = 0  # sampled tokens that have not been read back
-    pages: list[int] = field(default_factory=list)
+    pages: tuple[int, ...] = ()  # never changed in place: plans share it
     slot: int = -1  # its row in the device's table of last tokens, while it runs
     preemptions: int = 0
     outgrown: bool = False  # it has passed `recompute_beyond`
@@ -53,8 +54,7 @@ class Sequence:
         return self.num_tokens - self.num_prompt
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """Tokens `start` to `start + count` of a request; `samples`: they are its last, and one more is drawn after them."""
 
     sequence: Sequence
@@ -184,22 +184,27 @@ class Scheduler:
     def _plan(self, sequence: Sequence, count: int) -> ScheduledSequence:
         start = sequence.num_computed
         sequence.num_computed += count
-        full = min(sequence.num_computed // self.config.page_size, len(sequence.page_names))
-        for i in range(sequence.num_published, full):  # later steps run after this one: they may read what it writes
-            self.pool.publish(sequence.pages[i], sequence.page_names[i])
-        sequence.num_published = max(sequence.num_published, full)
+        if sequence.num_published < len(sequence.page_names):
+            self._publish(sequence)
         samples = sequence.num_computed == sequence.num_tokens
-        planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, tuple(sequence.pages))
+        planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, sequence.pages)
         if samples:
             sequence.num_tokens += 1
             sequence.in_flight += 1
         return planned
 
+    def _publish(self, sequence: Sequence) -> None:
+        """Shares the pages that the planned steps fill: attention writes all that is new before it reads, in a step as between steps."""
+        full = min(sequence.num_computed // self.config.page_size, len(sequence.page_names))
+        for i in range(sequence.num_published, full):
+            self.pool.publish(sequence.pages[i], sequence.page_names[i])
+        sequence.num_published = max(sequence.num_published, full)
+
     def _find_cached(self, sequence: Sequence) -> None:
         """Gives a waiting sequence the pages that hold its beginning already. Its last token is always computed: it has the logits."""
         pages = self.pool.find(sequence.page_names[: (sequence.num_tokens - 1) // self.config.page_size])
         self.pool.share(pages)
-        sequence.pages, sequence.num_published = pages, len(pages)
+        sequence.pages, sequence.num_published = tuple(pages), len(pages)
         sequence.num_computed = len(pages) * self.config.page_size
         if not sequence.preemptions:
             sequence.num_cached = sequence.num_computed
@@ -207,7 +212,7 @@ class Scheduler:
     def _let_go(self, sequence: Sequence) -> None:
         """A sequence that waits holds nothing."""
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.num_computed, sequence.num_published = [], 0, 0
+        sequence.pages, sequence.num_computed, sequence.num_published = (), 0, 0
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
@@ -215,10 +220,11 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gives the sequence pages for so many tokens, if there are enough."""
         missing = self._num_pages(num_tokens) - len(sequence.pages)
+        if missing <= 0:
+            return True
         if missing > self.pool.num_free:
             return False
-        if missing > 0:
-            sequence.pages += self.pool.take(missing)
+        sequence.pages += tuple(self.pool.take(missing))
         return True
 
     def _release(self, sequence: Sequence) -> None:

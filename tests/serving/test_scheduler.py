@@ -5,7 +5,7 @@ page shared by mistake, a token computed twice, late or never, a slot given to t
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxllm.errors import RequestError
-from jaxllm.serving.kv_cache import PagePool
+from jaxllm.serving.kv_cache import PagePool, page_names
 from jaxllm.serving.runner import _token_ids
 from jaxllm.serving.scheduler import Scheduler, SchedulerConfig, StepPlan
+
+
+def prompt_of(length: int, alike: int, number: int) -> list[int]:
+    """A prompt whose first `alike` tokens are every prompt's, and the others nobody else's."""
+    return [i if i < alike else 10_000 * (number + 2) + i for i in range(length)]
 
 
 def next_token(tokens: list[int]) -> int:
@@ -26,8 +31,8 @@ def next_token(tokens: list[int]) -> int:
 class FakeEngine:
     """What `Engine` does with a scheduler, on the device described above."""
 
-    def __init__(self, limits: SchedulerConfig, num_pages: int):
-        self.limits, self.pool = limits, PagePool(num_pages)
+    def __init__(self, limits: SchedulerConfig, num_pages: int, shares_pages: bool = False):
+        self.limits, self.pool, self.shares_pages = limits, PagePool(num_pages), shares_pages
         self.scheduler = Scheduler(limits, self.pool)
         self.cells = {}  # (page, place in it) -> (token, position, whether its rotary angles are those of a long sequence)
         self.last_tokens = [None] * limits.max_num_seqs
@@ -39,13 +44,20 @@ class FakeEngine:
     def add(self, request_id: str, prompt: list[int], max_tokens: int, stop_at: int) -> None:
         """A request that happens to end after `stop_at` tokens."""
         self.log.append(("add", request_id, prompt, max_tokens, stop_at))
-        self.scheduler.add(request_id, len(prompt), max_tokens)
-        self.requests[request_id] = SimpleNamespace(prompt_token_ids=prompt, output_token_ids=[], max_tokens=max_tokens, stop_at=stop_at)
+        names = page_names(prompt, self.limits.page_size) if self.shares_pages else []
+        self.scheduler.add(request_id, len(prompt), max_tokens, names)
+        self.requests[request_id] = SimpleNamespace(
+            prompt_token_ids=prompt, output_token_ids=[], max_tokens=max_tokens, stop_at=stop_at, number=len(self.log)
+        )
 
     def abort(self, request_id: str) -> None:
         self.log.append(("abort", request_id))
         del self.requests[request_id]
         self.scheduler.finish(request_id)
+
+    def forget(self) -> None:
+        self.log.append(("forget",))
+        self.pool.forget()
 
     def step(self, wait: bool = False) -> None:
         """One step; `wait` reads it at once instead of one step later."""
@@ -53,27 +65,36 @@ class FakeEngine:
         plan = self.scheduler.schedule()
         self.check(plan)
         if plan.scheduled:
-            self.in_flight.append((plan, [self.execute(s) for s in plan.scheduled]))
+            for s in plan.scheduled:  # all writes come before all reads, as in the attention op
+                self.write(s)
+            self.in_flight.append((plan, [self.draw(s) for s in plan.scheduled]))
         else:
             assert self.in_flight or not self.requests, "stalled"
         while self.in_flight and (len(self.in_flight) > 1 or not plan.scheduled or wait):
             self.read(*self.in_flight.popleft())
 
-    def execute(self, s) -> int | None:
-        """Computes what is scheduled of one sequence; the token drawn, if one is."""
+    def is_long(self, s) -> bool:
+        return self.limits.recompute_beyond is not None and s.num_tokens > self.limits.recompute_beyond
+
+    def write(self, s) -> None:
+        """Puts the scheduled tokens of a sequence into its pages."""
         request, size = self.requests[s.sequence.request_id], self.limits.page_size
-        is_long = self.limits.recompute_beyond is not None and s.num_tokens > self.limits.recompute_beyond
         ids = _token_ids(request, s)
         assert len(ids) == s.count and -1 not in ids[:-1]
         unread = s.num_tokens - len(request.prompt_token_ids) - len(request.output_token_ids)
         assert (ids[-1] == -1) == (unread > 0 and s.samples)
         for position, token in enumerate(ids, s.start):
             token = self.last_tokens[s.sequence.slot] if token < 0 else token
-            self.cells[s.pages[position // size], position % size] = (token, position, is_long)
+            page = s.pages[position // size]
+            self.cells[page, position % size] = (token, position, self.is_long(s))
+
+    def draw(self, s) -> int | None:
+        """The next token of a sequence, if all that there are have been computed."""
         if not s.samples:
             return None
+        size = self.limits.page_size
         seen = [self.cells[s.pages[p // size], p % size] for p in range(s.start + s.count)]
-        assert [(position, long) for _, position, long in seen] == [(p, is_long) for p in range(len(seen))]
+        assert [(position, is_long) for _, position, is_long in seen] == [(p, self.is_long(s)) for p in range(len(seen))]
         drawn = next_token([token for token, _, _ in seen])
         self.last_tokens[s.sequence.slot] = drawn
         return drawn
@@ -93,6 +114,9 @@ class FakeEngine:
                     tokens.append(token)
                 del self.requests[s.sequence.request_id]
                 self.scheduler.finish(s.sequence.request_id)
+            elif self.shares_pages:
+                names = page_names(request.prompt_token_ids + request.output_token_ids, self.limits.page_size)
+                self.scheduler.name_pages(s.sequence.request_id, names[len(s.sequence.page_names) :])
 
     def check(self, plan: StepPlan) -> None:
         """All that must be true of a plan when it is made."""
@@ -102,26 +126,41 @@ class FakeEngine:
         assert plan.num_tokens == sum(counts) <= self.limits.max_num_batched_tokens
         assert len(scheduled) <= self.limits.max_num_seqs and len({id(s.sequence) for s in scheduled}) == len(scheduled)
         assert all(n == 1 for n in counts[: plan.num_decode]) and all(n > 1 for n in counts[plan.num_decode :])
+        written = Counter()
         for s in scheduled:
             sequence = s.sequence
             assert sequence.request_id in self.requests and sequence in self.scheduler.running
             assert s.pages == tuple(sequence.pages) and len(s.pages) * self.limits.page_size >= s.start + s.count
             outgrown = limit is not None and s.num_tokens > limit
-            before = self.computed.get(sequence, (sequence.preemptions, outgrown, 0))
-            done = before[2] if before[:2] == (sequence.preemptions, outgrown) else 0
-            assert s.start == done, "each token is computed once, in order, unless all was thrown away"
-            self.computed[sequence] = (sequence.preemptions, outgrown, done + s.count)
+            life = (sequence.preemptions, outgrown)
+            done = self.computed.get(sequence, {}).get(life)
+            if done is not None:
+                assert s.start == done, "each token is computed once, in order, unless all was thrown away"
+            elif self.shares_pages:
+                assert s.start % self.limits.page_size == 0 and s.start < s.num_tokens
+            else:
+                assert s.start == 0
+            written.update(s.pages[s.start // self.limits.page_size : -(-(s.start + s.count) // self.limits.page_size)])
+            self.computed[sequence] = {life: s.start + s.count}
             assert s.samples == (s.start + s.count == s.num_tokens)
             self.sampled[sequence] = self.sampled.get(sequence, 0) + s.samples
             assert self.sampled[sequence] <= sequence.max_tokens
+        assert set(written.values()) <= {1}, "a page is written by one sequence"
         self.check_pool()
 
     def check_pool(self) -> None:
         running, waiting = self.scheduler.running, list(self.scheduler.waiting)
         assert {s.request_id for s in running + waiting} == set(self.requests) and len(running + waiting) == len(self.requests)
-        held = [page for s in running for page in s.pages]
         assert not any(s.pages for s in waiting) and all(s.slot == -1 for s in waiting)
-        assert sorted(held + self.pool._free) == list(range(1, self.pool.num_pages)), "each page is held once or free, page 0 never either"
+        users = Counter(page for s in running for page in s.pages)
+        assert all(len(set(s.pages)) == len(s.pages) for s in running)
+        assert self.shares_pages or set(users.values()) <= {1}
+        assert dict(users) == {page: n for page, n in enumerate(self.pool._users) if n}
+        free = [*self.pool._free, *self.pool._cached]
+        assert len(free) == self.pool.num_free
+        assert sorted([*users, *free]) == list(range(1, self.pool.num_pages)), "each page is held or free, page 0 never either"
+        arrivals = [self.requests[s.request_id].number for s in running + waiting]
+        assert arrivals == sorted(arrivals), "none overtakes another"
         slots = [s.slot for s in running]
         assert len(set(slots)) == len(slots) and all(0 <= slot < self.limits.max_num_seqs for slot in slots)
 
@@ -138,7 +177,7 @@ class FakeEngine:
 
 def replay(engine: FakeEngine) -> FakeEngine:
     """A new engine that was told the same things."""
-    twin = FakeEngine(engine.limits, engine.pool.num_pages)
+    twin = FakeEngine(engine.limits, engine.pool.num_pages, engine.shares_pages)
     for name, *arguments in list(engine.log):
         getattr(twin, name)(*arguments)
     return twin
@@ -159,8 +198,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             recompute_beyond=data.draw(st.none() | st.integers(1, 20)),
         )
         one = -(-max_model_len // page_size)  # the pool holds the longest request, and little more
-        self.engine = FakeEngine(self.limits, 1 + one + draw(0, 2 * one))
-        self.number = 0
+        shares_pages = self.limits.recompute_beyond is None and data.draw(st.booleans())
+        self.engine = FakeEngine(self.limits, 1 + one + draw(0, 2 * one), shares_pages)
 
     @rule(data=st.data())
     def add(self, data):
@@ -169,8 +208,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_at = data.draw(st.integers(1, max_tokens))
         free = [i for i in "abcdefghijklmnop" if i not in self.engine.requests]  # names are used again
         if free:
-            self.number += 1
-            self.engine.add(free[0], [100_000 * self.number + i for i in range(num_prompt)], max_tokens, stop_at)
+            alike = data.draw(st.integers(0, num_prompt))
+            self.engine.add(free[0], prompt_of(num_prompt, alike, len(self.engine.log)), max_tokens, stop_at)
 
     @rule(wait=st.booleans(), times=st.integers(1, 6))
     def step(self, wait, times):
@@ -181,6 +220,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data):
         self.engine.abort(data.draw(st.sampled_from(sorted(self.engine.requests))))
+
+    @rule()
+    def forget(self):
+        self.engine.forget()
 
     @invariant()
     def pool_is_whole(self):
@@ -204,20 +247,20 @@ def test_random_lives(first_seed):
         rng = random.Random(seed)
         page_size, longest, max_num_seqs = rng.randint(1, 5), rng.randint(4, 30), rng.randint(1, 5)
         one = -(-longest // page_size)
-        beyond = rng.choice([None, rng.randint(1, 20), rng.randint(1, 20)])
-        engine = FakeEngine(
-            SchedulerConfig(max_num_seqs, rng.randint(max_num_seqs, 20), longest, page_size, beyond), 1 + one + rng.randint(0, one)
-        )
+        beyond = rng.choice([None, None, rng.randint(1, 20), rng.randint(1, 20)])
+        limits = SchedulerConfig(max_num_seqs, rng.randint(max_num_seqs, 20), longest, page_size, beyond)
+        engine = FakeEngine(limits, 1 + one + rng.randint(0, one), shares_pages=beyond is None and rng.random() < 0.7)
         for k in range(rng.randint(1, 60)):
             choice = rng.random()
             if choice < 0.3 and len(engine.requests) < 8:
                 num_prompt = rng.randint(1, longest - 1)
                 max_tokens = rng.randint(1, longest - num_prompt)
-                engine.add(
-                    str(k), [1000 * k + i for i in range(num_prompt)], max_tokens, rng.choice([max_tokens, rng.randint(1, max_tokens)])
-                )
+                prompt = prompt_of(num_prompt, rng.randint(0, num_prompt), k)
+                engine.add(str(k), prompt, max_tokens, rng.choice([max_tokens, rng.randint(1, max_tokens)]))
             elif choice < 0.35 and engine.requests:
                 engine.abort(rng.choice(sorted(engine.requests)))
+            elif choice < 0.37:
+                engine.forget()
             else:
                 engine.step(wait=rng.random() < 0.2)
         engine.drain()
@@ -244,6 +287,17 @@ def test_crowded_pool(recompute_beyond):
         assert restarts <= 8 + engine.scheduler.num_preemptions
     else:
         assert restarts > 8
+
+
+def test_requests_that_begin_alike_share_pages():
+    engine = FakeEngine(limits(max_num_batched_tokens=32), 64, shares_pages=True)
+    for i in range(4):
+        engine.add(str(i), prompt_of(20, 18, i), 6, 6)
+    engine.step()
+    # The first computes all, the others share its four full pages in the same step.
+    assert [(start, count) for _, _, start, count, *_ in engine.plans[0]] == [(0, 20), (16, 4), (16, 4), (16, 4)]
+    assert len({page for *_, pages in engine.plans[0] for page in pages}) == 4 + 4
+    engine.drain()
 
 
 def test_decodes_keep_one_step_ahead():
