@@ -82,15 +82,15 @@ class AsyncLLM:
         try:
             added = self._post(lambda: self._add(request_id, ids, params, text, stream))
             await asyncio.wrap_future(added)
-            finished = False
-            while not finished:
+            output = None
+            while output is None or not output.finished:
                 await stream.ready.wait()
                 stream.ready.clear()
                 if stream.error is not None:
                     raise stream.error
-                output = stream.output
-                finished = output.finished
-                yield output
+                if stream.output is not output:  # it may have been read when the wake-up before this one came
+                    output = stream.output
+                    yield output
         finally:
             self._post(lambda: self._abort(request_id, stream))
             self._give_place()

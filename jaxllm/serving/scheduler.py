@@ -162,7 +162,8 @@ class Scheduler:
             self._recompute_if_outgrown(sequence)  # it may have grown past the limit in the step that it was thrown out of
             self._find_cached(sequence)
             count = min(self._num_ready(sequence), budget)
-            if count == 0 or not self._reserve(sequence, sequence.num_computed + count):
+            # Room for all of it, not only its first chunk: else it is thrown out half computed, and computed again, many times.
+            if count == 0 or not self._reserve(sequence, sequence.num_tokens):
                 self._let_go(sequence)
                 break
             self.waiting.popleft()
