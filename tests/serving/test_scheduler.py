@@ -323,6 +323,16 @@ def test_a_long_prompt_does_not_hold_up_those_that_run():
     engine.drain()
 
 
+def test_a_prompt_that_does_not_fit_waits_rather_than_start():
+    """Its chunks would be thrown out for the tokens of those that run, and computed again and again."""
+    engine = FakeEngine(limits(max_model_len=80), 21)
+    engine.add("running", list(range(30)), 40, 40)
+    engine.add("long", list(range(100, 170)), 4, 4)
+    engine.drain()
+    assert engine.scheduler.num_preemptions == 0
+    assert sum(count for plan in engine.plans for _, _, _, count, *_ in plan) == 30 + 39 + 70 + 3
+
+
 def test_tokens_of_an_aborted_request_do_not_reach_the_next_of_its_name():
     engine = FakeEngine(LIMITS, 64)
     engine.add("a", [1, 2, 3], 5, 5)
