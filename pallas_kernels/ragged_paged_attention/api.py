@@ -30,7 +30,8 @@ def ragged_paged_attention(
     """Writes new keys and values into their pages, and attends causally; PagedAttention (Kwon et al., arXiv 2309.06180).
 
     Tokens of all sequences lie one after the other. Sequence n has the tokens query_starts[n] to query_starts[n + 1], which
-    are its last ones: they stand at positions kv_lens[n] - count to kv_lens[n] - 1.
+    are its last ones: they stand at positions kv_lens[n] - count to kv_lens[n] - 1. Everything is written before anything is
+    read: with a shared prefix, a sequence reads pages that another one writes in the same call.
 
     Args:
       q: [T, Hq, D], queries.
