@@ -3,13 +3,15 @@
 import pytest
 from tokenizer_goldens import demo_gguf
 
+from jaxllm.errors import CheckpointError
 from jaxllm.tokenizers import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Tokenizer:
     """The demo model's tokenizer, or a skip where there is no demo model."""
-    path = demo_gguf()
-    if not path.exists():
-        pytest.skip("the demo model is not here: set JAXLLM_TEST_DEMO_GGUF to its GGUF file")
+    try:
+        path = demo_gguf()
+    except CheckpointError as error:
+        pytest.skip(f"the demo model cannot be had: {error}")
     return load_tokenizer(path)

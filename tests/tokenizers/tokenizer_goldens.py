@@ -13,9 +13,9 @@ def golden(name: str) -> Any:
 
 
 def demo_gguf() -> Path:
-    """The demo model's file, which may be missing: named by JAXLLM_TEST_DEMO_GGUF, else in the cache of the model name "demo"."""
+    """The demo model's file: named by JAXLLM_TEST_DEMO_GGUF, else fetched if need be. Raises CheckpointError if it cannot be had."""
     if path := os.environ.get("JAXLLM_TEST_DEMO_GGUF"):
         return Path(path)
-    from jaxllm.checkpoints.demo import demo_path
+    from jaxllm.checkpoints import resolve_model
 
-    return demo_path()
+    return resolve_model("demo", progress=False)
