@@ -36,7 +36,6 @@ TENSOR_TYPES = {
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
-_TYPE_NUMBERS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
 _PIECE_BYTES = 1 << 16  # of quantised blocks
 _PLAIN_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -224,8 +224,3 @@ def all_finite(x: np.ndarray) -> bool:
 def _some(items: list[str], limit: int = 12) -> str:
     more = f"; and {len(items) - limit} more" if len(items) > limit else ""
     return "; ".join(items[:limit]) + more
-
-
-def num_parameters(config: ModelConfig) -> int:
-    state = abstract_decoder(config, scan_layers=False, dtype=jnp.float32)[1]
-    return sum(math.prod(v.shape) for _, v in nnx.to_flat_state(state))
