@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PROMPT ?= The three laws of robotics are
 
-.PHONY: demo test test-all lint notebooks clean
+.PHONY: demo test test-all lint docs notebooks clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.core
@@ -19,6 +19,10 @@ test-all: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+
+# The pages that are made from code.
+docs: $(VENV)/.core
+	$(BIN)/python -c "from jaxllm.serving.sampling_params import markdown; print(markdown(), end='')" > docs/sampling.md
 
 # Runs every notebook from its first cell to its last, and leaves the files as they are.
 notebooks: $(VENV)/.dev

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxllm.serving import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
+    from jaxllm.serving import LLM, AsyncLLM, BeamSearchParams, EngineConfig, RequestOutput, SamplingParams
 
 __version__ = "0.1.0.dev0"
-__all__ = ["LLM", "AsyncLLM", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench throughput": ("jaxllm.launch.bench.throughput", "Measure tokens a second over many requests at once."),
     "bench latency": ("jaxllm.launch.bench.latency", "Measure the time to the first token and between tokens."),
     "bench startup": ("jaxllm.launch.bench.startup", "Measure how long an engine takes to be ready."),
+    "simulate": ("jaxllm.launch.simulate", "Run the scheduler without a device: derive a recorded run's plans again."),
     "doctor": ("jaxllm.launch.doctor", "Show versions, devices, memory, caches and settings, and check that the device computes."),
 }
 

@@ -47,6 +47,8 @@ class ModelCommand(Command):
     "Longest prompt plus answer, in tokens; by default the model's own limit, as far as memory allows."
     tensor_parallel_size: int = 1
     "Devices to split the model over."
+    record: str | None = None
+    "Write all that the scheduler is told and plans to this file, for `jaxllm simulate --replay`."
     warmup: bool | None = None
     "Compile every program before the first token; else each when it is needed. On by default, but not for one prompt."
 
@@ -63,6 +65,7 @@ def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool) -> LLM:
         tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=config.max_model_len,
         max_num_seqs=max_num_seqs,
+        record=config.record,
         warmup=warmup if config.warmup is None else config.warmup,
     )
 

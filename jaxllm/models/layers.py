@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.models.config import LayerConfig, ModelConfig
 from jaxllm.models.rope import Table, apply_rope
+from pallas_kernels.row_sum import row_sum
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
@@ -81,10 +82,10 @@ class Norm(nnx.Module):
         self.eps, self.offset = config.norm_eps, config.norm_offset
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        y = x.astype(jnp.float32)
+        y, size = x.astype(jnp.float32), x.shape[-1]
         if self.bias is not None:
-            y -= jnp.mean(y, axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+            y -= row_sum(y) / size
+        y *= jax.lax.rsqrt(row_sum(jnp.square(y)) / size + self.eps)
         y *= self.offset + self.weight[...].astype(jnp.float32)
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)

@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,7 +13,8 @@ from jaxllm.config import from_dict
 from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine, get_tokenizer
-from jaxllm.serving.prompt import Prompt, read_prompt
+from jaxllm.serving.logits import LogitsProcessor
+from jaxllm.serving.prompt import Prompt, read_prompt, read_salt
 from jaxllm.serving.request import RequestOutput, SamplingParams
 from jaxllm.tokenizers import Tokenizer
 
@@ -42,16 +43,23 @@ class AsyncLLM:
         async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=50)):
             print(output.outputs[0].text)
 
-    Takes the fields of `EngineConfig` as keywords, and `max_pending`: how many requests may be unfinished at a time; further
+    Takes what `LLM` takes as keywords, and `max_pending`: how many requests may be unfinished at a time; further
     callers of `generate` wait their turn (None: no limit).
     """
 
-    def __init__(self, model: str | os.PathLike, *, max_pending: int | None = None, **options: Any):
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
+        max_pending: int | None = None,
+        logits_processors: Mapping[str, LogitsProcessor] | None = None,
+        **options: Any,
+    ):
         if max_pending is not None and (isinstance(max_pending, bool) or not isinstance(max_pending, int) or max_pending < 1):
             raise ConfigError(f"max_pending must be a whole number of at least 1, or None, not {max_pending!r}")
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = from_dict(EngineConfig, {"model": model, **options}, where="AsyncLLM(...)")
-        self.engine = Engine(self.config)
+        self.engine = Engine(self.config, logits_processors)
         self._max_pending, self._pending = max_pending, 0
         self._queue: deque[Future] = deque()  # callers that wait for a place
         self._numbers = itertools.count()
@@ -76,11 +84,12 @@ class AsyncLLM:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         text, ids = read_prompt(prompt, params, self.engine)
+        salt = read_salt(prompt)
         request_id = f"async-{next(self._numbers)}" if request_id is None else request_id
         await self._take_place()
         stream = _Stream()
         try:
-            added = self._post(lambda: self._add(request_id, ids, params, text, stream))
+            added = self._post(lambda: self._add(request_id, ids, params, text, salt, stream))
             await asyncio.wrap_future(added)
             output = None
             while output is None or not output.finished:
@@ -94,6 +103,10 @@ class AsyncLLM:
         finally:
             self._post(lambda: self._abort(request_id, stream))
             self._give_place()
+
+    async def reset_prefix_cache(self) -> None:
+        """Forgets all that earlier requests left in the KV cache. Raises EngineDeadError."""
+        await asyncio.wrap_future(self._post(self.engine.reset_prefix_cache))
 
     def shutdown(self) -> None:
         """Stops the engine's thread; requests that are not finished get EngineDeadError. Calling it again does nothing."""
@@ -138,8 +151,8 @@ class AsyncLLM:
                 self._wake.notify()
         return done
 
-    def _add(self, request_id: str, ids, params: SamplingParams, text: str | None, stream: _Stream) -> None:
-        self.engine.add_request(ids, params, prompt=text, request_id=request_id)
+    def _add(self, request_id: str, ids, params: SamplingParams, text: str | None, salt: str | None, stream: _Stream) -> None:
+        self.engine.add_request(ids, params, prompt=text, request_id=request_id, cache_salt=salt)
         self._streams[request_id] = stream
 
     def _abort(self, request_id: str, stream: _Stream) -> None:
@@ -156,20 +169,26 @@ class AsyncLLM:
                 with self._wake:
                     while not self._inbox and not self.engine.has_work:
                         self._wake.wait()
-                    actions, self._inbox = self._inbox, deque()
-                for done, action in actions:
-                    try:
-                        action()
-                    except JaxLLMError as error:  # a bad request is its sender's alone
-                        done.set_exception(error)
-                    else:
-                        done.set_result(None)
+                while self._inbox:
+                    self._act(*self._inbox.popleft())
                 if self._stopping:
                     return self._die(None)
                 if self.engine.has_work:
                     self._deliver(self.engine.step())
         except BaseException as error:
             self._die(error)
+
+    def _act(self, done: Future, action: Callable[[], None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return  # whoever asked was cancelled before its turn came
+        try:
+            action()
+        except BaseException as error:
+            done.set_exception(error)
+            if not isinstance(error, JaxLLMError):  # a bad request is its sender's alone
+                raise
+        else:
+            done.set_result(None)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Hands outputs to their event loops, waking each loop once."""
@@ -186,6 +205,7 @@ class AsyncLLM:
     def _die(self, cause: BaseException | None) -> None:
         error = EngineDeadError("the engine was shut down" if cause is None else f"the engine's thread ended: {cause!r}")
         error.__cause__ = cause
+        self.engine.close()
         with self._wake:
             self._dead, actions, self._inbox = error, self._inbox, deque()
         by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
@@ -195,7 +215,8 @@ class AsyncLLM:
         self._streams.clear()
         _wake(by_loop)
         for done, _ in actions:
-            done.set_exception(error)
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
 
 
 def _wake(by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]]) -> None:

@@ -26,11 +26,16 @@ def powers_of_two(first: int, last: int) -> list[int]:
     return [*sizes, last]
 
 
-def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, smallest: int = 16) -> list[Bucket]:
-    """Every shape that a step can have: decode steps (a token a sequence), and mixed ones."""
-    decode = [Bucket(n, n, True) for n in powers_of_two(1, max_num_seqs)]
-    first = min(smallest, max_num_batched_tokens)
-    mixed = [Bucket(t, min(t, max_num_seqs)) for t in powers_of_two(first, max_num_batched_tokens)]
+def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, *, one_row: bool, smallest: int = 16) -> list[Bucket]:
+    """Every shape that a step can have: decode steps (a token a sequence), and mixed ones.
+
+    `one_row`: there may be a shape of one row. A product of a matrix with one row adds in another order than one with two or
+    any other number of rows, so where a sequence could meet both, there is none: its tokens would depend on its company.
+    """
+    least = 1 if one_row else 2
+    decode = [Bucket(n, n, True) for n in powers_of_two(least, max(least, max_num_seqs))]
+    first = max(least, min(smallest, max_num_batched_tokens))
+    mixed = [Bucket(t, min(t, max(least, max_num_seqs))) for t in powers_of_two(first, max(first, max_num_batched_tokens))]
     return sorted(decode + mixed)
 
 
@@ -81,7 +86,14 @@ def step_layout(bucket: Bucket, max_pages: int) -> BatchLayout:
             "top_k": ((n,), i32),
             "top_p": ((n,), f32),
             "min_p": ((n,), f32),
+            "typical_p": ((n,), f32),
             "seed": ((n, 2), np.uint32),
-            "position": ((n,), i32),
+            "position": ((n,), i32),  # of the token that is drawn
+            "num_prompt": ((n,), i32),
+            "features": ((n,), i32),  # bits of `slot_state.features`
+            "processor": ((n,), i32),  # 0: none; i: the i-th logits processor
+            "presence": ((n,), f32),
+            "frequency": ((n,), f32),
+            "repetition": ((n,), f32),
         }
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxllm.errors import ConfigError
+from jaxllm.serving.policies import POLICIES, Policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -26,10 +27,13 @@ class EngineConfig:
       memory_fraction: of the device's memory that weights and KV cache may take together.
       scan_layers: run repeated layers in a loop (compiles fast) or unrolled (faster on the CPU).
       warmup: compile every program at start; without it each is compiled when it is first needed.
+      scheduling_policy: `fcfs`: first come, first served; `priority`: the lowest `priority` first, then by arrival.
       enable_prefix_caching: share the KV cache's pages among requests that begin alike, and keep them for later ones.
+      max_logprobs: the most likely tokens that a request may ask the log-probabilities of (`logprobs`, `prompt_logprobs`).
       seed: makes the random numbers of requests that bring no seed of their own reproducible.
       skip_tokenizer_init: no tokenizer: prompts must be token ids, and outputs have no text.
       compilation_cache_dir: where compiled programs are kept between runs; "" turns that off, None is jaxllm's cache folder.
+      record: a file for all that the scheduler is told and plans, which `jaxllm simulate --replay` reads (`serving/replay.py`).
     """
 
     model: str
@@ -45,16 +49,21 @@ class EngineConfig:
     memory_fraction: float = 0.9
     scan_layers: bool | None = None
     warmup: bool = True
+    scheduling_policy: Policy = "fcfs"
     enable_prefix_caching: bool = True
+    max_logprobs: int = 20
     seed: int = 0
     skip_tokenizer_init: bool = False
     compilation_cache_dir: str | None = None
+    record: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must name a folder, a .gguf file, a hub name or 'demo', not {self.model!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.scheduling_policy not in POLICIES:
+            raise ConfigError(f"scheduling_policy must be {' or '.join(POLICIES)}, not {self.scheduling_policy!r}")
         for name in (
             "tensor_parallel_size",
             "max_model_len",
@@ -63,6 +72,7 @@ class EngineConfig:
             "page_size",
             "num_pages",
             "kv_cache_memory_bytes",
+            "max_logprobs",
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -74,5 +84,7 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than a token for each of max_num_seqs={self.max_num_seqs}"
             )
+        if self.record is not None and (not isinstance(self.record, str) or not self.record):
+            raise ConfigError(f"record must name a file, not {self.record!r}")
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_pages and kv_cache_memory_bytes both size the KV cache: give one")

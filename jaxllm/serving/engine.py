@@ -1,21 +1,30 @@
 """The engine: requests in, tokens and text out, a step at a time."""
 
 import hashlib
+import itertools
 import time
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 
 from jaxllm.errors import RequestError
+from jaxllm.serving.bad_words import bad_words_token_ids
+from jaxllm.serving.beam import Beam, start_beams
+from jaxllm.serving.checks import check_params, check_prompt
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.kv_cache import PagePool, page_names
+from jaxllm.serving.kv_cache import PagePool, page_names, salt_name
 from jaxllm.serving.loading import load
+from jaxllm.serving.logits import LogitsProcessor
+from jaxllm.serving.logprobs import TokenLogprobs
 from jaxllm.serving.output import TextStream
-from jaxllm.serving.request import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams
+from jaxllm.serving.replay import RecordingScheduler, open_record
+from jaxllm.serving.request import Completion, Logprob, Request, RequestMetrics, RequestOutput, SamplingParams, completion_seed
+from jaxllm.serving.runner import Launched
 from jaxllm.serving.scheduler import Scheduler, StepPlan
+from jaxllm.serving.slot_state import check_slot
 from jaxllm.tokenizers import Tokenizer
 
 
@@ -30,18 +39,21 @@ class EngineStats:
 class Engine:
     """Runs many requests together. Not thread-safe: one thread adds, steps and aborts."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, logits_processors: Mapping[str, LogitsProcessor] | None = None):
+        """`logits_processors`: functions in JAX that requests may name, see `logits.LogitsProcessor`."""
         self.config = config
-        loaded = load(config)
+        record = None if config.record is None else open_record(config.record)  # before the seconds of loading
+        loaded = load(config, logits_processors)
         self.runner, self.limits, self.tokenizer = loaded.runner, loaded.limits, loaded.tokenizer
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = self.runner.model.config.vocab_size
         self.pool = PagePool(loaded.num_pages)
-        self.scheduler = Scheduler(self.limits, self.pool)
+        self.scheduler = Scheduler(self.limits, self.pool) if record is None else RecordingScheduler(self.limits, self.pool, record)
         self._requests: dict[str, Request] = {}
-        self._texts: dict[str, TextStream] = {}
-        self._in_flight: deque[tuple[StepPlan, jax.Array]] = deque()
-        self._num_added = 0
+        self._completions: dict[int, Completion] = {}  # that are not finished
+        self._in_flight: deque[tuple[StepPlan, Launched]] = deque()
+        self._num_added = 0  # requests
+        self._num_completions = 0
         # Keys that depend on the length of their sequence are another's only if its length is the same.
         fixed = not any(rope.depends_on_length for rope in self.runner.model.config.ropes.values())
         self._shares_pages = config.enable_prefix_caching and fixed
@@ -55,128 +67,218 @@ class Engine:
         return bool(self._requests)
 
     def add_request(
-        self, prompt_token_ids: Seq[int], params: SamplingParams, *, prompt: str | None = None, request_id: str | None = None
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> str:
-        """Queues a request and returns its id. Raises RequestError if it cannot be served."""
-        ids = self._check(prompt_token_ids, params)
-        number, self._num_added = self._num_added, self._num_added + 1
-        request_id = request_id if request_id is not None else str(number)
-        room = self.limits.max_model_len - len(ids)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        text = TextStream(self.tokenizer, params, ids)
-        names = page_names(ids, self.limits.page_size) if self._shares_pages else None
-        self.scheduler.add(request_id, len(ids), max(1, max_tokens), names or ())  # the last that may refuse: nothing is half added
-        self._requests[request_id] = Request(
+        """Queues a request and returns its id. Raises RequestError if it cannot be served.
+
+        It shares the KV cache with requests of the same `cache_salt` only.
+        """
+        ids = check_prompt(prompt_token_ids, params, vocab_size=self.vocab_size, max_model_len=self.limits.max_model_len)
+        check_params(
+            params,
+            vocab_size=self.vocab_size,
+            max_logprobs=self.config.max_logprobs,
+            has_tokenizer=self.tokenizer is not None,
+            processors=self.runner.processors,
+        )
+        number = self._num_added
+        if request_id is None:
+            request_id = next(name for i in itertools.count(number) if (name := str(i)) not in self._requests)
+        elif request_id in self._requests:
+            raise RequestError(f"there is a request {request_id!r} already")
+        request = Request(
             request_id=request_id,
             prompt=prompt,
             prompt_token_ids=ids,
             params=params,
-            seed=params.seed if params.seed is not None else _derive_seed(self.config.seed, number),
-            max_tokens=max_tokens,
+            max_tokens=self.limits.max_model_len - len(ids) if params.max_tokens is None else params.max_tokens,
             stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
             metrics=RequestMetrics(time.monotonic()),
-            page_names=names,
+            bad_words=bad_words_token_ids(self.tokenizer, params.bad_words) if params.bad_words else (),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(ids),
+            salt=salt_name(cache_salt),
         )
-        self._texts[request_id] = text
+        seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, number)
+        shares = self._shares_pages and params.prompt_logprobs is None  # those need every token of the prompt computed
+        names = page_names(ids, self.limits.page_size, request.salt) if shares else None
+        if params.use_beam_search:
+            self.scheduler.check(len(ids), request.max_tokens, params.priority)  # each of its sequences is shorter
+            request.beams, request.params = start_beams(request, self.eos_token_ids, self.runner.programs.num_logprobs)
+            self._add_completion(request, seed, names, request.beams.live[0])
+        else:
+            first = self._add_completion(request, seed, names)
+            for i in range(1, params.n):  # they differ from the last token of the prompt on, which each draws from for itself
+                self._add_completion(request, completion_seed(seed, i), names, fork_of=first.number, common=len(ids) - 1)
+        self._requests[request_id] = request
+        self._num_added += 1
         return request_id
+
+    def _add_completion(self, request: Request, seed: int, names: list[bytes] | None, beam: Beam | None = None, **fork: int) -> Completion:
+        """One more sequence of a request. Raises RequestError for the first if it cannot be served.
+
+        That of a beam has the beam's tokens, draws the one after them, and has no text.
+        """
+        number, params = self._num_completions, request.params
+        text = TextStream(self.tokenizer if beam is None else None, params, request.prompt_token_ids)
+        completion = Completion(number, request, len(request.completions), seed, text, None if names is None else list(names))
+        if beam is not None:
+            completion.output_token_ids = list(beam.token_ids)
+        num_outputs, max_tokens = (0, request.max_tokens) if beam is None else (len(beam.token_ids), len(beam.token_ids) + 1)
+        if params.logprobs is not None:
+            completion.logprobs, completion.cumulative_logprob = [], 0.0
+        check_slot(completion)
+        options = dict(num_outputs=num_outputs, priority=params.priority, **fork)
+        self.scheduler.add(number, len(request.prompt_token_ids), max_tokens, names or (), **options)
+        self._num_completions += 1
+        self._completions[number] = completion
+        request.completions.append(completion)
+        return completion
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once, whatever its state; an unknown one is ignored, as it may have just finished."""
-        if self._requests.pop(request_id, None) is not None:
-            del self._texts[request_id]
-            self.scheduler.finish(request_id)
+        request = self._requests.pop(request_id, None)
+        for completion in request.completions if request is not None else ():
+            self._end(completion)
+
+    def _end(self, completion: Completion) -> None:
+        """The device has nothing more to do for it, and what it held is free."""
+        if self._completions.pop(completion.number, None) is not None:
+            self.scheduler.finish(completion.number)
 
     def step(self) -> list[RequestOutput]:
         """Starts the next step, then reads the one before it; returns the requests that have something new."""
         start = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan.scheduled:
-            prepared = self.runner.prepare(plan, self._requests)
+            prepared = self.runner.prepare(plan, self._completions)
             self.stats.host_s += time.perf_counter() - start
             self.stats.steps += 1
-            self._in_flight.append((plan, self.runner.launch(*prepared)))
+            self._in_flight.append((plan, self.runner.launch(prepared)))
         if self._in_flight and (len(self._in_flight) > 1 or not plan.scheduled):
-            plan, drawn = self._in_flight.popleft()
-            tokens = np.asarray(drawn).tolist()  # waits for the device
+            plan, launched = self._in_flight.popleft()
+            launched = jax.device_get(launched)  # waits for the device
             start = time.perf_counter()
-            outputs = self._read(plan, tokens)
+            outputs = self._read(plan, launched)
             self.stats.host_s += time.perf_counter() - start
             return outputs
         if self._requests and not self._in_flight:
             raise RuntimeError(f"the scheduler has stalled with {len(self._requests)} requests: this is a bug in jaxllm, please report it")
         return []
 
-    def _read(self, plan: StepPlan, tokens: list[int]) -> list[RequestOutput]:
+    def _read(self, plan: StepPlan, launched: Launched) -> list[RequestOutput]:
         self.scheduler.complete(plan)
         now = time.monotonic()
-        outputs = []
-        for scheduled, token in zip(plan.scheduled, tokens, strict=False):  # rows past the last sequence are padding
-            if scheduled.samples and not scheduled.sequence.ended:  # aborted since, and its name may be another's by now
-                outputs.append(self._advance(self._requests[scheduled.sequence.request_id], token, now))
-        return outputs
+        for rows, logprobs in launched.prompt_logprobs:
+            if (completion := self._completions.get(rows.sequence)) is not None:
+                request = completion.request
+                for i, token in enumerate(rows.tokens):
+                    request.prompt_logprobs[rows.start + i] = self._logprobs(logprobs, i, token, request.params.prompt_logprobs)
+        advanced: dict[str, Request] = {}
+        for row, (scheduled, token) in enumerate(zip(plan.scheduled, launched.tokens.tolist(), strict=False)):  # the rest is padding
+            if scheduled.samples and not scheduled.sequence.ended:  # it may have been aborted since
+                completion = self._completions[scheduled.sequence.id]
+                if completion.logprobs is not None:
+                    asked = self._logprobs(launched.logprobs, row, token, completion.request.params.logprobs)
+                    completion.logprobs.append(asked)
+                    completion.cumulative_logprob += asked[token].logprob
+                self._advance(completion, token, now)
+                advanced[completion.request.request_id] = completion.request
+        return [self._output(request, now) for request in advanced.values() if request.beams is None or request.beams.over]
 
-    def _advance(self, request: Request, token: int, now: float) -> RequestOutput:
-        """One more token of a request: its text, and whether it ends here."""
-        request.output_token_ids.append(token)
+    def _advance(self, completion: Completion, token: int, now: float) -> None:
+        """One more token of a sequence: its text, and whether it ends here."""
+        request, text = completion.request, completion.text
+        completion.output_token_ids.append(token)
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
-        text = self._texts[request.request_id]
-        if token in request.stop_token_ids:
-            request.finish_reason = "stop"
-            request.stop_reason = None if token in self.eos_token_ids else token
-        elif (stop := text.add(token)) is not None:
-            request.finish_reason, request.stop_reason = "stop", stop
-        elif len(request.output_token_ids) >= request.max_tokens:
-            request.finish_reason = "length"
-        cached = self.scheduler.num_cached_tokens(request.request_id)
-        if request.finish_reason is not None:
-            if (stop := text.finish()) is not None and request.stop_reason is None and request.finish_reason == "length":
-                request.finish_reason, request.stop_reason = "stop", stop
-            request.metrics.finished_time = now
-            self.abort(request.request_id)
-        else:
-            self._name_page(request)
-        completion = CompletionOutput(0, text.text, list(request.output_token_ids), request.finish_reason, request.stop_reason)
-        return RequestOutput(
-            request.request_id,
-            request.prompt,
-            request.prompt_token_ids,
-            [completion],
-            request.metrics,
-            finished=request.finish_reason is not None,
-            num_cached_tokens=cached,
-        )
-
-    def _name_page(self, request: Request) -> None:
-        """Tells the scheduler of the page that the newest token has filled, if it has."""
-        size = self.limits.page_size
-        if request.page_names is None or (len(request.prompt_token_ids) + len(request.output_token_ids)) % size:
+        if completion.index == 0 and len(completion.output_token_ids) == 1:  # the others are its forks
+            request.num_cached_tokens = self.scheduler.num_cached_tokens(completion.number)
+        if request.beams is not None:
+            self._advance_beam(completion)
             return
-        page = (request.prompt_token_ids + request.output_token_ids)[-size:]
-        new = page_names(page, size, request.page_names[-1] if request.page_names else b"")
-        request.page_names += new
-        self.scheduler.name_pages(request.request_id, new)
+        if token in request.stop_token_ids:
+            completion.finish_reason = "stop"
+            completion.stop_reason = None if token in self.eos_token_ids else token
+        elif (stop := text.add(token)) is not None:
+            completion.finish_reason, completion.stop_reason = "stop", stop
+        elif len(completion.output_token_ids) >= request.max_tokens:
+            completion.finish_reason = "length"
+        if completion.finish_reason is None:
+            self._name_page(completion)
+            return
+        if (stop := text.finish()) is not None and completion.stop_reason is None and completion.finish_reason == "length":
+            completion.finish_reason, completion.stop_reason = "stop", stop
+        self._end(completion)
+
+    def _advance_beam(self, completion: Completion) -> None:
+        """A beam has drawn. When all live ones have, the next ones go on from their pages, or the search is over."""
+        request, beams = completion.request, completion.request.beams
+        self.scheduler.retire(completion.number)
+        if not beams.add(completion.index, completion.number, completion.logprobs[-1]):
+            return
+        sources = {source.number: source for source in request.completions}
+        beams.advance()
+        request.completions = []
+        if beams.over:
+            request.completions = [self._beam_result(request, i, beam) for i, beam in enumerate(beams.best())]
+        else:
+            for beam in beams.live:
+                tokens, names = request.prompt_token_ids + beam.token_ids, sources[beam.source].page_names
+                if names is not None:
+                    start = len(names) * self.limits.page_size
+                    names = names + page_names(tokens[start:], self.limits.page_size, names[-1] if names else request.salt)
+                self._add_completion(request, completion.seed, names, beam, fork_of=beam.source, common=len(tokens) - 1)
+        for source in sources.values():
+            self._end(source)
+
+    def _beam_result(self, request: Request, index: int, beam: Beam) -> Completion:
+        text = TextStream(self.tokenizer, request.params, request.prompt_token_ids)
+        for token in beam.token_ids[:-1] if beam.finish_reason == "stop" else beam.token_ids:
+            text.add(token)
+        text.finish()
+        completion = Completion(beam.source, request, index, 0, text, None, beam.token_ids, beam.finish_reason, beam.stop_reason)
+        completion.logprobs, completion.cumulative_logprob = beam.logprobs, beam.cumulative_logprob
+        return completion
+
+    def _logprobs(self, logprobs: TokenLogprobs, row: int, token: int, k: int) -> dict[int, Logprob]:
+        """Of a token and of the k likeliest in its place."""
+        decoded = lambda i: None if self.tokenizer is None or i >= self.tokenizer.vocab_size else self.tokenizer.decode([i])
+        result = {token: Logprob(float(logprobs.logprob[row]), int(logprobs.rank[row]), decoded(token))}
+        for rank in range(k):
+            likely = int(logprobs.top_ids[row, rank])
+            result.setdefault(likely, Logprob(float(logprobs.top_logprobs[row, rank]), rank + 1, decoded(likely)))
+        return result
+
+    def _output(self, request: Request, now: float) -> RequestOutput:
+        output = request.output()
+        if output.finished:
+            request.metrics.finished_time = now
+            del self._requests[request.request_id]
+        return output
+
+    def _name_page(self, completion: Completion) -> None:
+        """Tells the scheduler of the page that the newest token has filled, if it has."""
+        size, names = self.limits.page_size, completion.page_names
+        if names is None or (len(completion.request.prompt_token_ids) + len(completion.output_token_ids)) % size:
+            return
+        new = page_names(completion.token_ids[-size:], size, names[-1] if names else completion.request.salt)
+        names += new
+        self.scheduler.name_pages(completion.number, new)
+
+    def close(self) -> None:
+        """Writes out the record, if one is made; the engine can run no more then."""
+        if isinstance(self.scheduler, RecordingScheduler):
+            self.scheduler.close()
 
     def reset_prefix_cache(self) -> None:
         """Forgets all that finished requests left in the KV cache."""
-        self.pool.forget()
-
-    def _check(self, prompt_token_ids: Seq[int], params: SamplingParams) -> list[int]:
-        ids = list(prompt_token_ids)
-        if not ids:
-            raise RequestError("the prompt has no tokens: give at least one")
-        for i in ids:
-            if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < self.vocab_size:
-                raise RequestError(f"prompt_token_ids has {i!r}: token ids are whole numbers from 0 to {self.vocab_size - 1}")
-        if len(ids) >= self.limits.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, and max_model_len={self.limits.max_model_len} leaves no room to answer: shorten it"
-            )
-        if bad := [i for i in params.stop_token_ids if i >= self.vocab_size]:
-            raise RequestError(f"stop_token_ids has {bad[0]}: token ids are whole numbers from 0 to {self.vocab_size - 1}")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this engine was made with skip_tokenizer_init: use stop_token_ids")
-        return [int(i) for i in ids]
+        self.scheduler.reset_prefix_cache()
 
 
 def _derive_seed(seed: int, number: int) -> int:

@@ -93,6 +93,11 @@ def page_names(tokens: Sequence[int], page_size: int, before: bytes = b"") -> li
     return names
 
 
+def salt_name(salt: str | None) -> bytes:
+    """What `page_names` begin with: pages of requests with another salt have other names."""
+    return b"" if salt is None else blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"salt").digest()
+
+
 def num_cache_heads(config: ModelConfig, rules: ShardingRules, mesh: Mesh) -> int:
     """Key/value heads in the cache: each repeated where there are fewer heads than devices that share them."""
     shards = 1 if rules.heads is None else mesh.shape[rules.heads]

@@ -1,13 +1,15 @@
 """The Python API: `LLM(...).generate(...)`, named after vLLM's."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.errors import RequestError
+from jaxllm.serving.beam import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine, get_tokenizer
-from jaxllm.serving.prompt import Prompt, read_prompt
+from jaxllm.serving.logits import LogitsProcessor
+from jaxllm.serving.prompt import Prompt, read_prompt, read_salt
 from jaxllm.serving.request import RequestOutput, SamplingParams
 from jaxllm.tokenizers import Tokenizer
 
@@ -18,15 +20,18 @@ class LLM:
         llm = LLM("demo")
         print(llm.generate("The capital of France is", SamplingParams(temperature=0)).pop().outputs[0].text)
 
-    Takes the fields of `EngineConfig` as keywords. Raises ConfigError, CheckpointError or TokenizerError.
+    Takes the fields of `EngineConfig` as keywords, and `logits_processors`: functions in JAX by name, which requests may ask
+    for (`SamplingParams.logits_processor`; `logits.LogitsProcessor`). Raises ConfigError, CheckpointError or TokenizerError.
     """
 
-    def __init__(self, model: str | os.PathLike, **options: Any):
+    def __init__(
+        self, model: str | os.PathLike, *, logits_processors: Mapping[str, LogitsProcessor] | None = None, **options: Any
+    ):
         from jaxllm.config import from_dict
 
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = from_dict(EngineConfig, {"model": model, **options}, where="LLM(...)")
-        self.engine = Engine(self.config)
+        self.engine = Engine(self.config, logits_processors)
         # The newest output of each request of ours, until it is taken: a stream may be read while another call drives the engine.
         self._news: dict[str, RequestOutput | None] = {}
 
@@ -43,7 +48,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues prompts, all together; outputs come in the order of the prompts.
 
-        A prompt is a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`. One SamplingParams serves all, or each has its
+        A prompt is a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`; a dict may have a `cache_salt` too: the prompt
+        then shares the KV cache with those of the same salt only. One SamplingParams serves all, or each has its
         own. Raises RequestError, before anything has run, if any of them is wrong.
         """
         prompts = [prompts] if isinstance(prompts, (str, dict)) else _as_list(prompts, "prompts must be a prompt or a list of them")
@@ -78,11 +84,29 @@ class LLM:
         tokenizer = self.get_tokenizer()
         return self.generate([{"prompt_token_ids": tokenizer.apply_chat_template(m, **template)} for m in conversations], sampling_params)
 
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """Continues prompts by beam search; see `beam`. Raises RequestError."""
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"params must be BeamSearchParams, not {type(params).__name__}")
+        tokenizer, results = self.engine.tokenizer, []
+        for output in self.generate(prompts, params.sampling_params()):
+            sequences = []
+            for o in output.outputs:
+                tokens = output.prompt_token_ids + o.token_ids
+                text = None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens)
+                sequences.append(BeamSearchSequence(tokens, o.logprobs, o.cumulative_logprob, text, o.finish_reason, o.stop_reason))
+            results.append(BeamSearchOutput(sequences))
+        return results
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Continues one prompt, yielding all that there is so far whenever there is more. Closing the iterator aborts it."""
         outputs = self._follow(prompt, SamplingParams() if sampling_params is None else sampling_params)
         next(outputs)  # up to the first yield: a bad request is refused now, and a stream that nobody reads is cleaned up
         return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all that earlier requests left in the KV cache."""
+        self.engine.reset_prefix_cache()
 
     def _follow(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
         request_id = self._add(prompt, params)
@@ -111,7 +135,7 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         text, ids = read_prompt(prompt, params, self.engine)
-        request_id = self.engine.add_request(ids, params, prompt=text)
+        request_id = self.engine.add_request(ids, params, prompt=text, cache_salt=read_salt(prompt))
         self._news[request_id] = None
         return request_id
 

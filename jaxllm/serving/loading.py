@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.kv_cache import num_cache_heads, page_bytes
+from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.runner import Runner
 from jaxllm.serving.scheduler import SchedulerConfig
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
@@ -38,7 +40,7 @@ class Loaded:
     load_s: float
 
 
-def load(config: EngineConfig) -> Loaded:
+def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None = None) -> Loaded:
     """Finds, reads and places the model, and sizes the page pool. Compiles nothing."""
     start = time.perf_counter()
     enable_compilation_cache(config.compilation_cache_dir)
@@ -75,8 +77,20 @@ def load(config: EngineConfig) -> Loaded:
         max_model_len=max_model_len,
         page_size=page_size,
         recompute_beyond=longrope[0] if longrope else None,
+        policy=config.scheduling_policy,
     )
-    runner = Runner(model, limits, num_pages=num_pages, dtype=dtype, mesh=mesh, rules=rules)
+    runner = Runner(
+        model,
+        limits,
+        num_pages=num_pages,
+        dtype=dtype,
+        mesh=mesh,
+        rules=rules,
+        # Nothing but a lone sequence that takes nothing from others is sure never to meet another number of rows.
+        one_row=config.max_num_seqs == 1 and not config.enable_prefix_caching,
+        max_logprobs=config.max_logprobs,
+        processors=processors,
+    )
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
     return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start)
 

@@ -2,26 +2,36 @@
 
 On TPU and GPU a step is one program that scans over stacked layers. XLA's CPU backend copies every weight that a scan slices,
 which halves the speed, and takes 17 s to compile 30 layers unrolled: there one program for each kind of layer is compiled
-(1 s) and called for each layer in turn, which costs some 20 us a call.
+(1 s) and called for each layer in turn, which costs some 20 us a call; and what turns hidden states into tokens, which depends
+on the number of sequences only, is compiled once for all steps that have as many.
 """
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from jaxllm.checkpoints.load import Model
 from jaxllm.models import ModelConfig
 from jaxllm.serving.attend import paged_attend
-from jaxllm.serving.batch import BatchLayout
+from jaxllm.serving.batch import BatchLayout, Bucket
+from jaxllm.serving.logits import LogitsProcessor, process_logits
+from jaxllm.serving.logprobs import TokenLogprobs, no_logprobs, token_logprobs
 from jaxllm.serving.sampling import SamplingArrays, sample
+from jaxllm.serving.slot_state import LOGPROBS, SlotState
 from jaxllm.sharding import ShardingRules
 
 _ATTEND = ("page_table", "kv_lens", "query_starts", "counts")
+_HEAD = tuple(sorted({*SamplingArrays._fields, "slots", "num_prompt", "features", "processor", "presence", "frequency", "repetition"}))
+PROMPT_BLOCK = 64  # rows whose prompt logprobs are computed at a time
 
 
 @dataclass
@@ -29,25 +39,93 @@ class DeviceState:
     """What stays on the device between steps; each step donates it and gets it back."""
 
     kv_pages: jax.Array
-    last_tokens: jax.Array  # int32 [max_num_seqs]: the token drawn last for the request in each slot
+    slots: SlotState
+
+
+class Drawn(NamedTuple):
+    """What a step has for each of its sequences. The log-probabilities are there if any of them asked."""
+
+    tokens: Int[Array, " N"]
+    logprobs: TokenLogprobs
 
 
 class _Programs:
     """What both ways share."""
 
-    def __init__(self, model: Model, state: DeviceState, *, num_pages: int, mesh: Mesh, rules: ShardingRules):
+    def __init__(
+        self,
+        model: Model,
+        state: DeviceState,
+        *,
+        num_pages: int,
+        mesh: Mesh,
+        rules: ShardingRules,
+        dtype,
+        max_logprobs: int,
+        processors: Sequence[LogitsProcessor] = (),
+    ):
         self.config: ModelConfig = model.config
         self.mesh, self.whole = mesh, NamedSharding(mesh, PartitionSpec())
         self.pages_sharding = state.kv_pages.sharding
+        self.num_logprobs = min(max_logprobs, model.config.vocab_size)
+        self._dtype = dtype
         self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules)
-        self._abstract_state = _abstract((state.kv_pages, state.last_tokens))
+        self._abstract_state = _abstract((state.kv_pages, state.slots))
+        self._processors = tuple(processors)
 
     def _buffer(self, layout: BatchLayout) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=self.whole)
 
-    def _compile(self, function, arguments: tuple, *, donate: tuple[int, ...], shardings: Any):
+    def _shape(self, *shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
+
+    def _compile(self, function, arguments: tuple, *, donate: tuple[int, ...] = (), shardings: Any = None):
         with jax.set_mesh(self.mesh):
+            shardings = self.whole if shardings is None else shardings
             return jax.jit(function, donate_argnums=donate, out_shardings=shardings).lower(*arguments).compile()
+
+    def _draw(self, decoder, hidden: jax.Array, batch: dict[str, jax.Array], slots: SlotState) -> tuple[Drawn, SlotState]:
+        """A token for each sequence from its last hidden state [N, D], and the slots with the token in them."""
+        raw = decoder.logits(hidden)
+        logits = process_logits(raw, batch, slots, self._processors)
+        tokens = sample(logits, SamplingArrays(*(batch[name] for name in SamplingArrays._fields)))
+        k = self.num_logprobs
+        asked = jnp.any(batch["features"] & LOGPROBS > 0)
+        logprobs = jax.lax.cond(asked, lambda: token_logprobs(raw, tokens, k), lambda: no_logprobs(len(raw), k))
+        slots = slots._replace(
+            last_tokens=slots.last_tokens.at[batch["slots"]].set(tokens, mode="drop"),
+            history=slots.history.at[batch["slots"], batch["position"]].set(tokens, mode="drop"),
+        )
+        return Drawn(tokens, logprobs), slots
+
+    # Prompt logprobs: from a block of a step's hidden states at a time.
+
+    def compile_block(self, tokens: int):
+        """For steps of so many tokens: (hidden, first) -> PROMPT_BLOCK of their rows."""
+
+        def block(hidden, first):
+            padded = jnp.pad(hidden, ((0, PROMPT_BLOCK), (0, 0)))
+            return jax.lax.dynamic_slice_in_dim(padded, first, PROMPT_BLOCK)
+
+        return self._compile(block, (self._hidden(tokens), self._shape()))
+
+    def compile_prompt_logprobs(self):
+        """(weights, a block of hidden states, the tokens that came next) -> TokenLogprobs."""
+
+        def logprobs(weights, hidden, tokens):
+            decoder = self._decoder(weights)
+            return token_logprobs(decoder.logits(self._normed(decoder, hidden)), tokens, self.num_logprobs)
+
+        return self._compile(logprobs, (_abstract(self._weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK)))
+
+    def prompt_logprobs(self, program, hidden: jax.Array, tokens: jax.Array) -> TokenLogprobs:
+        return program(self._weights, hidden, tokens)
+
+    def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
+        return self._shape(tokens, self.config.hidden_size, dtype=self._dtype)
+
+    def _decoder(self, weights):
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
 
 
 class WholeStep(_Programs):
@@ -58,26 +136,30 @@ class WholeStep(_Programs):
         self._graph = model.graph
         self._weights, self._tree = jax.tree.flatten(model.params)
 
-    def compile(self, layout: BatchLayout, decode_only: bool):
+    def compile(self, bucket: Bucket, layout: BatchLayout):
         arguments = (_abstract(self._weights), *self._abstract_state, self._buffer(layout))
-        shardings = (self.whole, self.whole, self.pages_sharding)
-        return self._compile(partial(self._step, layout, decode_only), arguments, donate=(1, 2), shardings=shardings)
+        shardings = (self.whole, self.pages_sharding, self.whole, self.whole)
+        return self._compile(partial(self._step, layout, bucket.decode), arguments, donate=(1, 2), shardings=shardings)
 
-    def run(self, program, state: DeviceState, buffer: jax.Array) -> jax.Array:
-        drawn, state.last_tokens, state.kv_pages = program(self._weights, state.kv_pages, state.last_tokens, buffer)
-        return drawn
+    def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
+        """Starts a step: what it draws, and its hidden states [T, D]."""
+        drawn, state.kv_pages, state.slots, hidden = program(self._weights, state.kv_pages, state.slots, buffer)
+        return drawn, hidden
 
-    def _step(self, layout: BatchLayout, decode_only: bool, weights, kv_pages, last_tokens, buffer):
-        batch = layout.unpack(buffer)
-        decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
-        tokens = _input_tokens(batch, last_tokens)
+    def _step(self, layout: BatchLayout, decode_only: bool, weights, kv_pages, slots, buffer):
+        batch, decoder = layout.unpack(buffer), self._decoder(weights)
         attend = self._attend(*(batch[name] for name in _ATTEND), decode_only=decode_only)
+        tokens = _input_tokens(batch, slots.last_tokens)
         hidden, kv_pages = decoder(tokens, batch["positions"], attend, kv_pages, rope_lengths=batch["rope_lengths"])
-        return *_draw(decoder, hidden, batch, last_tokens), kv_pages
+        drawn, slots = self._draw(decoder, hidden[_last_rows(batch)], batch, slots)
+        return drawn, kv_pages, slots, hidden
+
+    def _normed(self, decoder, hidden):
+        return hidden  # a whole step's are already
 
 
 class LayerByLayer(_Programs):
-    """A first and a last program a bucket, and one for each kind of layer."""
+    """A first program and a last one a bucket, one for each kind of layer, and one that draws tokens for each number of sequences."""
 
     def __init__(self, model: Model, state: DeviceState, **options: Any):
         super().__init__(model, state, **options)
@@ -91,37 +173,47 @@ class LayerByLayer(_Programs):
         decoder.layers = nnx.List([])
         self._graph, ends = nnx.split(decoder, graph=False)
         self._weights, self._tree = jax.tree.flatten(ends)
+        self._heads: dict[int, Future] = {}
+        self._lock = threading.Lock()
 
-    def compile(self, layout: BatchLayout, decode_only: bool):
-        kv_pages, last_tokens = self._abstract_state
+    def compile(self, bucket: Bucket, layout: BatchLayout):
+        kv_pages, slots = self._abstract_state
         weights = _abstract(self._weights)
-        arguments = (weights, last_tokens, self._buffer(layout))
-        first = self._compile(partial(self._first, layout), arguments, donate=(), shardings=self.whole)
-        x, ropes, batch = self._shapes(first)
+        first = self._compile(partial(self._first, layout), (weights, slots.last_tokens, self._buffer(layout)))
+        x, ropes, batch = jax.tree.map(lambda x: self._shape(*x.shape, dtype=x.dtype), first.out_info)
+        attend, head = ({name: batch[name] for name in names} for names in (_ATTEND, _HEAD))
         layers = {}
         for kind, graph, tree, leaves, number in self._layers:
             if kind not in layers:
-                arguments = (_abstract(leaves), x, kv_pages, ropes, {name: batch[name] for name in _ATTEND}, _abstract(number))
-                function = partial(self._layer, graph, tree, decode_only)
+                arguments = (_abstract(leaves), x, kv_pages, ropes, attend, _abstract(number))
+                function = partial(self._layer, graph, tree, bucket.decode)
                 layers[kind] = self._compile(function, arguments, donate=(1, 2), shardings=(self.whole, self.pages_sharding))
-        last = self._compile(self._last, (weights, x, batch, last_tokens), donate=(3,), shardings=self.whole)
-        return first, layers, last
+        rows = self._compile(lambda x, starts: x[_last_rows({"query_starts": starts})], (x, batch["query_starts"]))
+        return first, layers, rows, self._head(bucket.sequences, head)
 
-    def run(self, program, state: DeviceState, buffer: jax.Array) -> jax.Array:
-        first, layers, last = program
-        x, ropes, batch = first(self._weights, state.last_tokens, buffer)
+    def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
+        """Starts a step: what it draws, and its hidden states [T, D]."""
+        first, layers, rows, head = program
+        x, ropes, batch = first(self._weights, state.slots.last_tokens, buffer)
         attend = {name: batch[name] for name in _ATTEND}
         for kind, _, _, weights, number in self._layers:
             x, state.kv_pages = layers[kind](weights, x, state.kv_pages, ropes, attend, number)
-        drawn, state.last_tokens = last(self._weights, x, batch, state.last_tokens)
-        return drawn
+        last = rows(x, batch["query_starts"])
+        drawn, state.slots = head(self._weights, last, {name: batch[name] for name in _HEAD}, state.slots)
+        return drawn, x
 
-    def _shapes(self, program) -> Any:
-        """What a program returns, for those that take it in."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), program.out_info)
-
-    def _decoder(self, weights):
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
+    def _head(self, sequences: int, batch):
+        """The program that draws for so many sequences; buckets are compiled side by side, and the first that needs it makes it."""
+        with self._lock:
+            mine = sequences not in self._heads
+            future = self._heads.setdefault(sequences, Future())
+        if mine:
+            arguments = (_abstract(self._weights), self._hidden(sequences), batch, self._abstract_state[1])
+            try:
+                future.set_result(self._compile(self._last, arguments, donate=(3,)))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
     def _first(self, layout: BatchLayout, weights, last_tokens, buffer):
         batch, decoder = layout.unpack(buffer), self._decoder(weights)
@@ -133,9 +225,12 @@ class LayerByLayer(_Programs):
         attend = self._attend(*(attend[name] for name in _ATTEND), decode_only=decode_only)
         return layer(x, ropes, attend, kv_pages, number)
 
-    def _last(self, weights, x, batch, last_tokens):
+    def _last(self, weights, hidden, batch, slots):
         decoder = self._decoder(weights)
-        return _draw(decoder, decoder.final_norm(x), batch, last_tokens)
+        return self._draw(decoder, self._normed(decoder, hidden), batch, slots)
+
+    def _normed(self, decoder, hidden):
+        return decoder.final_norm(hidden)
 
 
 def _abstract(tree: Any) -> Any:
@@ -147,9 +242,6 @@ def _input_tokens(batch: dict[str, jax.Array], last_tokens: jax.Array) -> jax.Ar
     return jnp.where(batch["tokens"] < 0, last_tokens[batch["token_slots"]], batch["tokens"])
 
 
-def _draw(decoder, hidden: jax.Array, batch: dict[str, jax.Array], last_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A token for each sequence from its last row, and the table of last tokens with it."""
-    last_rows = jnp.maximum(batch["query_starts"][1:] - 1, 0)
-    logits = decoder.logits(hidden[last_rows])
-    drawn = sample(logits, SamplingArrays(*(batch[name] for name in SamplingArrays._fields)))
-    return drawn, last_tokens.at[batch["slots"]].set(drawn, mode="drop")
+def _last_rows(batch: dict[str, jax.Array]) -> jax.Array:
+    """The row of each sequence's last token."""
+    return jnp.maximum(batch["query_starts"][1:] - 1, 0)

@@ -1,9 +1,11 @@
 """Runs plans on the device: one compiled program for each shape a step can have."""
 
+import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,11 +13,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoints.load import Model
 from jaxllm.serving.batch import Bucket, make_buckets, pick_bucket, step_layout
+from jaxllm.serving.copy_pages import CopyPages
 from jaxllm.serving.kv_cache import make_kv_pages
-from jaxllm.serving.programs import DeviceState, LayerByLayer, WholeStep
-from jaxllm.serving.request import Request
+from jaxllm.serving.logits import LogitsProcessor
+from jaxllm.serving.logprobs import TokenLogprobs
+from jaxllm.serving.programs import PROMPT_BLOCK, DeviceState, LayerByLayer, WholeStep
+from jaxllm.serving.request import Completion
 from jaxllm.serving.scheduler import ScheduledSequence, SchedulerConfig, StepPlan
+from jaxllm.serving.slot_state import SlotWriter, features, make_slots, needs_slot
 from jaxllm.sharding import ShardingRules
+
+logger = logging.getLogger(__name__)
+
+# Programs beside those of the buckets, by what they do. Those that cut blocks out of hidden states go by the number of tokens.
+_COPY, _WRITE_SLOT, _PROMPT_LOGPROBS = "copy pages", "write a slot", "prompt logprobs"
 
 
 @dataclass
@@ -27,28 +38,84 @@ class RunnerStats:
     compile_s: float = 0.0
 
 
-class Runner:
-    """Holds the weights and the KV cache. `launch` starts a step; the tokens it returns are read later."""
+class PromptRows(NamedTuple):
+    """A block of a step's rows whose log-probabilities are asked for: tokens `start` to `start + len(tokens)` of a prompt."""
 
-    def __init__(self, model: Model, limits: SchedulerConfig, *, num_pages: int, dtype, mesh: Mesh, rules: ShardingRules):
+    sequence: int
+    start: int
+    first_row: int
+    tokens: list[int]
+
+
+@dataclass
+class Prepared:
+    """The host's part of a step: its shape, its arrays in one buffer, and what is done before and after it."""
+
+    bucket: Bucket
+    buffer: np.ndarray
+    copies: np.ndarray | None  # of pages
+    slots: list[np.ndarray]  # to write
+    logprobs: bool  # whether any sequence asks for them
+    prompt_rows: list[PromptRows]
+
+
+class Launched(NamedTuple):
+    """What a step has drawn, maybe not yet computed: `tokens` [N], in the order of the plan, and what else was asked for."""
+
+    tokens: jax.Array
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: list[tuple[PromptRows, TokenLogprobs]]
+
+
+class Runner:
+    """Holds the weights and the KV cache. `launch` starts a step; what it returns is read later."""
+
+    def __init__(
+        self,
+        model: Model,
+        limits: SchedulerConfig,
+        *,
+        num_pages: int,
+        dtype,
+        mesh: Mesh,
+        rules: ShardingRules,
+        one_row: bool = False,
+        max_logprobs: int = 20,
+        processors: Mapping[str, LogitsProcessor] | None = None,
+    ):
         self.model, self.limits, self.mesh, self.rules, self.num_pages = model, limits, mesh, rules, num_pages
         self.max_pages = -(-limits.max_model_len // limits.page_size)
-        self.buckets = make_buckets(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self.buckets = make_buckets(limits.max_num_seqs, limits.max_num_batched_tokens, one_row=one_row)
+        self.processors = dict(processors or {})
+        self._processor_numbers = {name: i for i, name in enumerate(self.processors, 1)} | {None: 0}
         self.stats = RunnerStats()
         self._layouts = {b: step_layout(b, self.max_pages) for b in self.buckets}
         self._whole = NamedSharding(mesh, PartitionSpec())
         self.state = DeviceState(
             kv_pages=make_kv_pages(model.config, rules, mesh, num_pages, limits.page_size, dtype),
-            last_tokens=jax.device_put(np.zeros(limits.max_num_seqs, np.int32), self._whole),
+            slots=make_slots(limits.max_num_seqs, limits.max_model_len, model.config.vocab_size, mesh),
         )
         way = WholeStep if model.scanned else LayerByLayer
-        self.programs = way(model, self.state, num_pages=num_pages, mesh=mesh, rules=rules)
-        self._programs: dict[Bucket, Any] = {}
+        self.programs = way(
+            model,
+            self.state,
+            num_pages=num_pages,
+            mesh=mesh,
+            rules=rules,
+            dtype=dtype,
+            max_logprobs=max_logprobs,
+            processors=tuple(self.processors.values()),
+        )
+        self._slots = SlotWriter(self.state.slots, model.config.vocab_size, mesh)
+        self._copies = CopyPages(self.state.kv_pages, num_pages=num_pages, most=limits.max_num_seqs, mesh=mesh)
+        self._programs: dict[Bucket | str | int, Any] = {}
         self._warm = False
 
     def warm_up(self, progress=None) -> None:
         """Compiles every program there is. A compile after this is counted in `compiles_after_warmup`."""
-        todo = [b for b in self.buckets if b not in self._programs]
+        blocks = {bucket.tokens for bucket in self.buckets}
+        every = [*reversed(self.buckets), *blocks, _COPY, _WRITE_SLOT, _PROMPT_LOGPROBS]  # those that take longest first
+        todo = [b for b in every if b not in self._programs]
         start = time.perf_counter()
         with ThreadPoolExecutor(max(1, len(todo))) as pool:  # tracing takes turns, compiling runs side by side
             for bucket, program in zip(todo, pool.map(self._compile, todo), strict=True):
@@ -58,36 +125,65 @@ class Runner:
         self.stats.compile_s += time.perf_counter() - start
         self._warm = True
 
-    def prepare(self, plan: StepPlan, requests: dict[str, Request]) -> tuple[Bucket, np.ndarray]:
-        """The host's part of a step: its shape, and its arrays in one buffer."""
+    def prepare(self, plan: StepPlan, completions: dict[int, Completion]) -> Prepared:
         bucket = pick_bucket(self.buckets, plan.num_tokens, len(plan.scheduled), plan.num_decode == len(plan.scheduled))
-        return bucket, self._pack(plan, bucket, requests)
+        chosen = [completions[s.sequence.id] for s in plan.scheduled]
+        return Prepared(
+            bucket,
+            self._pack(plan, bucket, chosen),
+            self._copies.pack(plan.copies) if plan.copies else None,
+            [self._slots.pack(c, s.sequence.slot) for s, c in zip(plan.scheduled, chosen, strict=True) if s.admitted and needs_slot(c)],
+            any(s.samples and c.request.params.logprobs is not None for s, c in zip(plan.scheduled, chosen, strict=True)),
+            _prompt_rows(plan, chosen),
+        )
 
-    def launch(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
-        """Starts a step. Returns int32 [sequences]: the token drawn after each scheduled sequence, in order, maybe not yet computed."""
-        return self.programs.run(self._program(bucket), self.state, jax.device_put(buffer, self._whole))
+    def launch(self, step: Prepared) -> Launched:
+        """Starts a step."""
+        state = self.state
+        if step.copies is not None:
+            state.kv_pages = self._copies.run(self._program(_COPY), state.kv_pages, step.copies)
+        for buffer in step.slots:
+            state.slots = self._slots.run(self._program(_WRITE_SLOT), state.slots, buffer)
+        drawn, hidden = self.programs.run(self._program(step.bucket), state, jax.device_put(step.buffer, self._whole))
+        prompts = []
+        for rows in step.prompt_rows:
+            first = jax.device_put(np.int32(rows.first_row), self._whole)
+            block = self._program(step.bucket.tokens)(hidden, first)
+            tokens = jax.device_put(np.asarray(rows.tokens + [0] * (PROMPT_BLOCK - len(rows.tokens)), np.int32), self._whole)
+            prompts.append((rows, self.programs.prompt_logprobs(self._program(_PROMPT_LOGPROBS), block, tokens)))
+        return Launched(drawn.tokens, drawn.logprobs if step.logprobs else None, prompts)
 
-    def _program(self, bucket: Bucket) -> Any:
-        if bucket not in self._programs:
+    def _program(self, key: Bucket | str | int) -> Any:
+        if key not in self._programs:
             start = time.perf_counter()
-            self._programs[bucket] = self._compile(bucket)
+            self._programs[key] = self._compile(key)
             self.stats.compile_s += time.perf_counter() - start
-            self.stats.compiles_after_warmup += self._warm
-        return self._programs[bucket]
+            if self._warm:
+                self.stats.compiles_after_warmup += 1
+                logger.warning("compiled %s after warm-up: this is a bug in jaxllm, please report it", key)
+        return self._programs[key]
 
-    def _compile(self, bucket: Bucket) -> Any:
+    def _compile(self, key: Bucket | str | int) -> Any:
         self.stats.compiles += 1
-        return self.programs.compile(self._layouts[bucket], bucket.decode)
+        if key == _COPY:
+            return self._copies.compile()
+        if key == _WRITE_SLOT:
+            return self._slots.compile()
+        if key == _PROMPT_LOGPROBS:
+            return self.programs.compile_prompt_logprobs()
+        if isinstance(key, int):
+            return self.programs.compile_block(key)
+        return self.programs.compile(key, self._layouts[key])
 
-    def _pack(self, plan: StepPlan, bucket: Bucket, requests: dict[str, Request]) -> np.ndarray:
+    def _pack(self, plan: StepPlan, bucket: Bucket, completions: list[Completion]) -> np.ndarray:
         """The step's arrays in one buffer."""
         buffer, batch = self._layouts[bucket].new()
         batch["slots"][:] = self.limits.max_num_seqs
         row = 0
         for n, s in enumerate(plan.scheduled):
-            request = requests[s.sequence.request_id]
+            completion = completions[n]
             rows = slice(row, row + s.count)
-            batch["tokens"][rows] = _token_ids(request, s)
+            batch["tokens"][rows] = _token_ids(completion, s)
             positions = np.arange(s.start, s.start + s.count, dtype=np.int32)
             batch["positions"][rows] = positions
             batch["rope_lengths"][rows] = self._rope_lengths(s, positions)
@@ -98,11 +194,15 @@ class Runner:
             batch["query_starts"][n + 1 :] = row
             if s.samples:
                 batch["slots"][n] = s.sequence.slot
-                p = request.params
-                batch["temperature"][n], batch["top_p"][n], batch["min_p"][n] = p.temperature, p.top_p, p.min_p
+                p = completion.request.params
+                batch["temperature"][n], batch["top_p"][n] = p.temperature, p.top_p
+                batch["min_p"][n], batch["typical_p"][n] = p.min_p, p.typical_p
                 batch["top_k"][n] = min(max(p.top_k, 0), self.model.config.vocab_size)
-                batch["seed"][n] = divmod(request.seed, 2**32)
-                batch["position"][n] = s.start + s.count
+                batch["seed"][n] = divmod(completion.seed, 2**32)
+                batch["position"][n], batch["num_prompt"][n] = s.start + s.count, len(completion.request.prompt_token_ids)
+                batch["features"][n], batch["processor"][n] = features(completion), self._processor_numbers[p.logits_processor]
+                batch["presence"][n], batch["frequency"][n] = p.presence_penalty, p.frequency_penalty
+                batch["repetition"][n] = p.repetition_penalty
         batch["counts"][:] = plan.num_decode, len(plan.scheduled)
         return buffer
 
@@ -113,9 +213,22 @@ class Runner:
         return np.maximum(s.sequence.num_prompt, positions + 1)
 
 
-def _token_ids(request: Request, s: ScheduledSequence) -> list[int]:
+def _token_ids(completion: Completion, s: ScheduledSequence) -> list[int]:
     """The tokens that a scheduled sequence feeds in; -1 for the one that has not been read back."""
-    prompt, outputs = request.prompt_token_ids, request.output_token_ids
+    prompt, outputs = completion.request.prompt_token_ids, completion.output_token_ids
     first, last = s.start, s.start + s.count
     known = prompt[first:last] + outputs[max(0, first - len(prompt)) : max(0, last - len(prompt))]
     return known + [-1] * (s.count - len(known))
+
+
+def _prompt_rows(plan: StepPlan, completions: list[Completion]) -> list[PromptRows]:
+    """The rows of a step whose next token is one of a prompt with prompt_logprobs, in blocks."""
+    blocks, row = [], 0
+    for s, completion in zip(plan.scheduled, completions, strict=True):
+        prompt = completion.request.prompt_token_ids
+        if completion.request.params.prompt_logprobs is not None and completion.index == 0:
+            for start in range(s.start, min(s.start + s.count, len(prompt) - 1), PROMPT_BLOCK):
+                tokens = prompt[start + 1 : min(start + PROMPT_BLOCK, s.start + s.count) + 1]
+                blocks.append(PromptRows(s.sequence.id, start + 1, row + start - s.start, tokens))
+        row += s.count
+    return blocks

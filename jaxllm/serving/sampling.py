@@ -1,7 +1,7 @@
 """Choosing the next token, on the device, without sorting the vocabulary.
 
-Filters come in vLLM's order: temperature, min_p, top_k, top_p. top_k and top_p are thresholds, found by bisection: floats
-ordered as integers have 32 bits, so 32 counting passes find them exactly.
+Filters come in vLLM's order: temperature, min_p, top_k, top_p; typical_p comes last, as in transformers. All but min_p are
+thresholds, found by bisection: floats ordered as integers have 32 bits, so 32 counting passes find them exactly.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,7 @@ class SamplingArrays(NamedTuple):
     top_k: Int[Array, " N"]  # 0: all
     top_p: Float[Array, " N"]
     min_p: Float[Array, " N"]
+    typical_p: Float[Array, " N"]
     seed: UInt32[Array, "N 2"]  # high and low half
     position: Int[Array, " N"]  # of the token that is drawn
 
@@ -39,11 +40,14 @@ def weights(logits: Float[Array, "N V"], params: SamplingArrays) -> Float[Array,
     """How likely each token is to be drawn, up to a factor: the likeliest has 1, those that the filters leave out have 0."""
     temperature = jnp.where(params.temperature == 0, 1.0, params.temperature)[:, None]
     # The largest is taken off first: a tiny temperature would make infinities of both.
-    probs = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature)
+    likeliest = jax.lax.optimization_barrier(jnp.max(logits, axis=-1, keepdims=True))  # else the CPU's bits depend on the number of rows
+    probs = jnp.exp((logits - likeliest) / temperature)
     probs = jnp.where(probs < params.min_p[:, None], 0.0, probs)
     # Greedy rows and padding ask for no passes over the vocabulary.
-    filtered = jnp.any((params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1)))
-    return jax.lax.cond(filtered, lambda p: _top_p(_top_k(p, logits, params.top_k), logits, params.top_p), lambda p: p, probs)
+    draws = params.temperature > 0
+    filtered = jnp.any(draws & ((params.top_k > 0) | (params.top_p < 1)))
+    probs = jax.lax.cond(filtered, lambda p: _top_p(_top_k(p, logits, params.top_k), logits, params.top_p), lambda p: p, probs)
+    return jax.lax.cond(jnp.any(draws & (params.typical_p < 1)), lambda p: _typical(p, params.typical_p), lambda p: p, probs)
 
 
 def _uniform(seed: Array, position: Array) -> Array:
@@ -80,6 +84,18 @@ def _top_p(probs: Array, logits: Array, p: Array) -> Array:
     wanted = jnp.maximum(p * jnp.sum(probs, axis=-1), jnp.finfo(jnp.float32).tiny)
     kept = _likeliest(logits, lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1) >= wanted)
     return jnp.where((p[:, None] < 1) & ~kept, 0.0, probs)
+
+
+def _typical(probs: Array, mass: Array) -> Array:
+    """Keeps the tokens whose surprise is nearest to the entropy until they have this share of the sum (Meister et al., arXiv
+    2202.00666), and ties of the last. At least one stays."""
+    total = jnp.sum(probs, axis=-1, keepdims=True)
+    surprise = -jnp.log(jnp.where(probs > 0, probs, 1.0) / total)
+    entropy = jnp.sum(probs * surprise, axis=-1, keepdims=True) / total
+    nearness = jnp.where(probs > 0, -jnp.abs(surprise - entropy), -jnp.inf)
+    wanted = jnp.maximum(mass * total[:, 0], jnp.finfo(jnp.float32).tiny)
+    kept = _likeliest(nearness, lambda kept: jnp.sum(jnp.where(kept, probs, 0.0), axis=-1) >= wanted)
+    return jnp.where((mass[:, None] < 1) & ~kept, 0.0, probs)
 
 
 def _inverse_cdf(probs: Array, u: Array) -> Array:

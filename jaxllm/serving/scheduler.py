@@ -4,18 +4,23 @@ The scheduler has no clock, no randomness and no I/O: the same calls give the sa
 their values. A step is planned before the one before it has been read back, so `num_tokens` counts sampled tokens from the
 moment that they are planned; `complete` says what became of them.
 
-Every step serves running requests first, in order of arrival, then admits waiting ones while there are tokens in the budget,
-places and pages; long prompts are computed in chunks (Agrawal et al., arXiv 2308.16369). When pages run out, the request
-that came last gives up its pages and waits to be computed again: the oldest always advances, so every request ends.
+Every step serves running sequences first, in the order of their ranks (`policies`), then admits waiting ones while there are
+tokens in the budget, places and pages; long prompts are computed in chunks (Agrawal et al., arXiv 2308.16369). When pages run
+out, the sequence of the last rank gives up its pages and waits to be computed again: the first always advances, so all end.
+
+A fork begins with tokens of another sequence, its source (Kwon et al., arXiv 2309.06180, section 4.4): it shares the pages
+that those fill, and gets a copy of the page that they fill in part, made by the runner before the step that first writes to it.
+A fork waits until a plan before its own has computed what it takes over. A source that has ended keeps its pages until its
+forks have them, unless others need the room: then the forks compute everything themselves.
 """
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxllm.errors import RequestError
 from jaxllm.serving.kv_cache import PagePool
+from jaxllm.serving.policies import POLICIES, Policy, Rank, Ranked
 
 
 @dataclass(frozen=True)
@@ -28,70 +33,78 @@ class SchedulerConfig:
     max_model_len: int
     page_size: int
     recompute_beyond: int | None = None
+    policy: Policy = "fcfs"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
-    """What the scheduler knows of a request."""
+    """What the scheduler knows of a sequence: a request's prompt and one continuation of it."""
 
-    request_id: str
+    id: int
     num_prompt: int
     max_tokens: int
+    rank: Rank
+    arrival: int  # of its request
     num_tokens: int = 0  # prompt and outputs, those in flight included
     num_computed: int = 0  # whose keys and values are in the cache when the planned steps have run
     in_flight: int = 0  # sampled tokens that have not been read back
     pages: tuple[int, ...] = ()  # never changed in place: plans share it
-    slot: int = -1  # its row in the device's table of last tokens, while it runs
+    slot: int = -1  # its row in the device's tables, while it runs
     preemptions: int = 0
     outgrown: bool = False  # it has passed `recompute_beyond`
     page_names: list[bytes] = field(default_factory=list)  # of its full pages, as far as their tokens are known
     num_published: int = 0  # pages that others can share
     num_cached: int = 0  # tokens that it found computed when it was first admitted
+    retired: bool = False  # it draws no more; its pages are there for forks
     ended: bool = False  # finished or aborted; a step in flight may still have it
-
-    @property
-    def num_outputs(self) -> int:
-        return self.num_tokens - self.num_prompt
+    source: "Sequence | None" = None  # until it is admitted: the one whose first `common` tokens it begins with
+    common: int = 0
+    num_forks: int = 0  # whose source it is
+    parked: list["Sequence"] = field(default_factory=list)  # those of them that it has not computed enough for
 
 
 class ScheduledSequence(NamedTuple):
-    """Tokens `start` to `start + count` of a request; `samples`: they are its last, and one more is drawn after them."""
+    """Tokens `start` to `start + count` of a sequence; `samples`: they are its last, and one more is drawn after them."""
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
-    num_tokens: int  # of the request, when this was planned
+    num_tokens: int  # of the sequence, when this was planned
     pages: tuple[int, ...]
+    admitted: bool  # it did not run before: its slot is new to it
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Sequences with one token come first: attention has a faster path for them."""
+    """Sequences with one token come first: attention has a faster path for them. `copies` are pages (from, to) to copy, one
+    after the other, before the step."""
 
     scheduled: tuple[ScheduledSequence, ...]
     num_decode: int
     num_tokens: int
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: PagePool):
         self.config, self.pool = config, pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self._by_id: dict[str, Sequence] = {}
+        self.waiting, self.running = Ranked(), Ranked()
+        self._rank = POLICIES[config.policy]
+        self._by_id: dict[int, Sequence] = {}
+        self._kept: dict[Sequence, None] = {}  # that run no more and hold pages for forks, the oldest first
+        self._unparked: list[Sequence] = []  # by this plan, so for the next
+        self._starts: dict[Sequence, int] = {}  # of sources in the plan in the making: the tokens that earlier ones have computed
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_added = 0
         self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._by_id)
 
-    def add(self, request_id: str, num_prompt: int, max_tokens: int, page_names: Iterable[bytes] = ()) -> None:
-        """A new request of `num_prompt` tokens that will have at most `max_tokens` more. Raises RequestError if it can never run.
-
-        `page_names` (`kv_cache.page_names` of the prompt) let it share pages with requests that begin alike.
-        """
+    def check(self, num_prompt: int, max_tokens: int, priority: int = 0) -> None:
+        """Raises RequestError for a sequence that can never run."""
         total = num_prompt + max_tokens
         if total > self.config.max_model_len:
             raise RequestError(
@@ -103,33 +116,70 @@ class Scheduler:
                 f"{total} tokens need {need} pages of the KV cache and it has {self.pool.capacity}: "
                 "raise num_pages or kv_cache_memory_bytes"
             )
-        if request_id in self._by_id:
-            raise RequestError(f"there is a request {request_id!r} already")
-        limit = self.config.recompute_beyond
-        sequence = Sequence(request_id, num_prompt, max_tokens, num_tokens=num_prompt, outgrown=limit is not None and num_prompt > limit)
-        sequence.page_names += page_names
-        self._by_id[request_id] = sequence
-        self.waiting.append(sequence)
+        if priority and self.config.policy == "fcfs":
+            raise RequestError(f"priority={priority} means nothing with scheduling_policy='fcfs': leave it out, or use 'priority'")
 
-    def finish(self, request_id: str) -> None:
-        """Ends a request, finished or aborted, at any moment; what it holds is free for the next plan."""
-        sequence = self._by_id.pop(request_id, None)
+    def add(
+        self,
+        id: int,
+        num_prompt: int,
+        max_tokens: int,
+        page_names: Iterable[bytes] = (),
+        *,
+        num_outputs: int = 0,
+        priority: int = 0,
+        fork_of: int | None = None,
+        common: int = 0,
+    ) -> None:
+        """A new sequence of `num_prompt` tokens that will have at most `max_tokens` more, of which it has `num_outputs` already.
+
+        `page_names` (`kv_cache.page_names`) let it share pages with those that begin alike. `fork_of`: it begins with the first
+        `common` tokens of that sequence, if there is such a one. Raises RequestError if it can never run.
+        """
+        self.check(num_prompt, max_tokens, priority)
+        assert id not in self._by_id and 0 <= num_outputs < max_tokens
+        self._num_added += 1
+        source = self._by_id.get(fork_of)
+        arrival = self._num_added if source is None else source.arrival
+        num_tokens, limit = num_prompt + num_outputs, self.config.recompute_beyond
+        sequence = Sequence(id, num_prompt, max_tokens, self._rank(priority, arrival, self._num_added), arrival, num_tokens)
+        sequence.outgrown = limit is not None and num_tokens > limit
+        sequence.page_names += page_names
+        self._by_id[id] = sequence
+        if source is not None and limit is None:  # else the source may compute its pages anew
+            sequence.source, sequence.common = source, min(common, num_tokens - 1)  # the last token is always computed: it has the logits
+            source.num_forks += 1
+            if self._must_park(sequence):
+                source.parked.append(sequence)
+                return
+        self.waiting.add(sequence)
+
+    def finish(self, id: int) -> None:
+        """Ends a sequence, finished or aborted, at any moment; what it holds is free for the next plan."""
+        sequence = self._by_id.pop(id, None)
         if sequence is None:
             return
+        self._stop(sequence)
         sequence.ended = True
-        if sequence.slot >= 0:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
-        self._release(sequence)
+        self._leave_source(sequence)
+        if not sequence.num_forks:
+            self._drop(sequence)
 
-    def name_pages(self, request_id: str, names: Iterable[bytes]) -> None:
-        """The tokens of a request's next full pages are known."""
-        self._by_id[request_id].page_names += names
+    def retire(self, id: int) -> None:
+        """A sequence draws no more. Until `finish`, its pages stay for forks to come, unless others need them."""
+        self._stop(self._by_id[id])
 
-    def num_cached_tokens(self, request_id: str) -> int:
-        """Tokens of a request's prompt that were in the cache when it was admitted."""
-        return self._by_id[request_id].num_cached
+    def name_pages(self, id: int, names: Iterable[bytes]) -> None:
+        """The tokens of a sequence's next full pages are known."""
+        self._by_id[id].page_names += names
+
+    def num_cached_tokens(self, id: int) -> int:
+        """Tokens of a sequence that were in the cache when it was first admitted."""
+        return self._by_id[id].num_cached
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what the pages hold that no sequence uses, and shares those in use with no newcomer."""
+        self.pool.forget()
 
     def complete(self, plan: StepPlan) -> None:
         """The tokens that a plan sampled have been read."""
@@ -140,16 +190,20 @@ class Scheduler:
         """Plans the next step; empty when nothing can run before an earlier step is read."""
         budget = self.config.max_num_batched_tokens
         scheduled: list[ScheduledSequence] = []
+        copies: list[tuple[int, int]] = []
         preempted = False
         i = 0
+        size, recompute = self.config.page_size, self.config.recompute_beyond is not None
         while i < len(self.running) and budget > 0:
             sequence = self.running[i]
             i += 1
-            self._recompute_if_outgrown(sequence)
-            count = min(self._num_ready(sequence), budget)
+            if recompute:
+                self._recompute_if_outgrown(sequence)
+            if (count := self._num_ready(sequence)) > budget:
+                count = budget
             if count == 0:
                 continue
-            while not self._reserve(sequence, sequence.num_computed + count):
+            while sequence.num_computed + count > size * len(sequence.pages) and not self._reserve(sequence, sequence.num_computed + count):
                 preempted = True
                 self._preempt(self.running[-1])
                 if sequence.slot < 0:
@@ -159,36 +213,56 @@ class Scheduler:
                 budget -= count
         while self.waiting and budget > 0 and not preempted and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
-            self._recompute_if_outgrown(sequence)  # it may have grown past the limit in the step that it was thrown out of
-            self._find_cached(sequence)
+            if self._must_park(sequence):
+                source = self.waiting.pop(0).source
+                (self._unparked if source.num_computed >= sequence.common else source.parked).append(sequence)
+                continue
+            if recompute:
+                self._recompute_if_outgrown(sequence)  # it may have grown past the limit in the step that it was thrown out of
+            copy_from = self._find_computed(sequence)
             count = min(self._num_ready(sequence), budget)
             # Room for all of it, not only its first chunk: else it is thrown out half computed, and computed again, many times.
             if count == 0 or not self._reserve(sequence, sequence.num_tokens):
                 self._let_go(sequence)
                 break
-            self.waiting.popleft()
+            if copy_from is not None:
+                copies.append((copy_from, sequence.pages[sequence.num_computed // size]))
+            self.waiting.pop(0)
+            self._leave_source(sequence)
             sequence.slot = self._free_slots.pop()
-            self.running.append(sequence)
-            scheduled.append(self._plan(sequence, count))
+            self.running.add(sequence)
+            scheduled.append(self._plan(sequence, count, admitted=True))
             budget -= count
-        scheduled.sort(key=lambda s: s.count > 1)
-        return StepPlan(tuple(scheduled), sum(s.count == 1 for s in scheduled), sum(s.count for s in scheduled))
+        for sequence in self._unparked:
+            self.waiting.add(sequence)
+        self._unparked.clear()
+        self._starts.clear()
+        num_tokens = num_decode = self.config.max_num_batched_tokens - budget
+        if num_tokens > len(scheduled):
+            scheduled.sort(key=lambda s: s.count > 1)
+            num_decode = sum(s.count == 1 for s in scheduled)
+        return StepPlan(tuple(scheduled), num_decode, num_tokens, tuple(copies))
 
     def _num_ready(self, sequence: Sequence) -> int:
         """Tokens that could be computed now."""
-        if sequence.num_outputs >= sequence.max_tokens:
+        num_tokens = sequence.num_tokens
+        if num_tokens >= sequence.num_prompt + sequence.max_tokens:
             return 0  # its last token is in flight
-        pending = sequence.num_tokens - sequence.num_computed
+        pending = num_tokens - sequence.num_computed
         # A token in flight is known to the device as the last of its sequence only; anything else waits until it is read.
         return 0 if sequence.in_flight and pending > 1 else pending
 
-    def _plan(self, sequence: Sequence, count: int) -> ScheduledSequence:
+    def _plan(self, sequence: Sequence, count: int, admitted: bool = False) -> ScheduledSequence:
         start = sequence.num_computed
+        if sequence.num_forks:
+            self._starts[sequence] = start
         sequence.num_computed += count
         if sequence.num_published < len(sequence.page_names):
             self._publish(sequence)
+        if sequence.parked:
+            self._unpark(sequence, sequence.num_computed)
         samples = sequence.num_computed == sequence.num_tokens
-        planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, sequence.pages)
+        planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, sequence.pages, admitted)
         if samples:
             sequence.num_tokens += 1
             sequence.in_flight += 1
@@ -201,14 +275,65 @@ class Scheduler:
             self.pool.publish(sequence.pages[i], sequence.page_names[i])
         sequence.num_published = max(sequence.num_published, full)
 
-    def _find_cached(self, sequence: Sequence) -> None:
-        """Gives a waiting sequence the pages that hold its beginning already. Its last token is always computed: it has the logits."""
-        pages = self.pool.find(sequence.page_names[: (sequence.num_tokens - 1) // self.config.page_size])
+    def _find_computed(self, sequence: Sequence) -> int | None:
+        """Gives a waiting sequence the pages that hold its beginning already, from its source or from the prefix cache.
+
+        Its last token is always computed: it has the logits. Returns the page that it needs a copy of, if it begins in one.
+        """
+        size, source, copy_from = self.config.page_size, sequence.source, None
+        pages = self.pool.find(sequence.page_names[: (sequence.num_tokens - 1) // size])
+        sequence.num_computed, sequence.num_published = len(pages) * size, len(pages)
+        if source is not None and (common := min(sequence.common, self._computed_before(source))) > sequence.num_computed:
+            pages, rest = list(source.pages[: common // size]), common % size
+            sequence.num_computed, sequence.num_published = common, 0
+            copy_from = source.pages[common // size] if rest else None
         self.pool.share(pages)
-        sequence.pages, sequence.num_published = tuple(pages), len(pages)
-        sequence.num_computed = len(pages) * self.config.page_size
+        sequence.pages = tuple(pages)
         if not sequence.preemptions:
             sequence.num_cached = sequence.num_computed
+        return copy_from
+
+    def _computed_before(self, source: Sequence) -> int:
+        """Tokens that plans before this one have computed; those of this one can be shared, but not copied."""
+        return self._starts.get(source, source.num_computed)
+
+    def _must_park(self, sequence: Sequence) -> bool:
+        """Whether a fork waits for its source to compute what they have in common."""
+        source = sequence.source
+        return source is not None and not (source.retired or source.ended) and self._computed_before(source) < sequence.common
+
+    def _unpark(self, source: Sequence, num_computed: int) -> None:
+        self._unparked += [fork for fork in source.parked if fork.common <= num_computed]
+        source.parked = [fork for fork in source.parked if fork.common > num_computed]
+
+    def _leave_source(self, sequence: Sequence) -> None:
+        """A fork needs its source no more: it has been admitted, or has ended."""
+        source, sequence.source = sequence.source, None
+        if source is not None:
+            source.num_forks -= 1
+            if source.ended and not source.num_forks:
+                self._drop(source)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes a sequence from wherever it runs or waits. What it has computed stays for forks."""
+        if sequence.slot >= 0:
+            self.running.remove(sequence)
+            self._free_slots.append(sequence.slot)
+            sequence.slot = -1
+            self._kept[sequence] = None
+        elif sequence.source is not None and sequence in sequence.source.parked:
+            sequence.source.parked.remove(sequence)
+        elif not sequence.retired:
+            self.waiting.remove(sequence)
+        sequence.retired = True
+        for fork in sequence.parked:
+            self.waiting.add(fork)
+        sequence.parked = []
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Frees what a sequence that runs no more was keeping."""
+        self._kept.pop(sequence, None)
+        self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
         """A sequence that waits holds nothing."""
@@ -223,23 +348,21 @@ class Scheduler:
         missing = self._num_pages(num_tokens) - len(sequence.pages)
         if missing <= 0:
             return True
+        while missing > self.pool.num_free and self._kept:
+            self._drop(next(iter(self._kept)))
         if missing > self.pool.num_free:
             return False
         sequence.pages += tuple(self.pool.take(missing))
         return True
 
-    def _release(self, sequence: Sequence) -> None:
-        self._let_go(sequence)
-        if sequence.slot >= 0:
-            self._free_slots.append(sequence.slot)
-            sequence.slot = -1
-
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._release(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+        self._let_go(sequence)
         sequence.preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence)
 
     def _recompute_if_outgrown(self, sequence: Sequence) -> None:
         limit = self.config.recompute_beyond

@@ -9,6 +9,8 @@ not the shapes. Because chunk boundaries depend on positions alone, a row's resu
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.row_sum import row_sum
+
 _SEQUENCE_BLOCK = 8
 _QUERY_BLOCK = 64
 _KEY_CHUNK = 128
@@ -94,6 +96,8 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
     qh = q.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, rows, head_dim)
     qh = qh.astype(jnp.float32)
     row_positions = jnp.tile(positions, (1, group))[:, None, :, None]
+    if rows == 1:  # XLA's CPU backend adds the terms of a product with one row in another order than with more
+        qh, row_positions, rows = jnp.repeat(qh, 2, axis=2), jnp.repeat(row_positions, 2, axis=2), 2
 
     def step(c, carry):
         top, total, out = carry
@@ -109,10 +113,11 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
         if window is not None:
             seen &= key_positions > row_positions - window
         scores = jnp.where(seen, scores, _MASKED)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        # The barrier keeps XLA from fusing the maximum with the exponential, whose bits would depend on the number of rows.
+        new_top = jax.lax.optimization_barrier(jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True)))
         weights = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
         keep = jnp.exp(top - new_top)
-        total = total * keep + jnp.sum(weights, axis=-1, keepdims=True)
+        total = total * keep + row_sum(weights)
         out = out * keep + jnp.einsum("bhqc,bhcd->bhqd", weights, values, precision=precision)
         return new_top, total, out
 
@@ -120,9 +125,9 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
     carry = (jnp.full((*shape, 1), _MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, head_dim)))
     top, total, out = jax.lax.fori_loop(start, stop, step, carry)
     if sinks is not None:
-        sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), queries, axis=1)[None, :, :, None]
+        sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), rows // group, axis=1)[None, :, :, None]
         new_top = jnp.maximum(top, sink)
         keep = jnp.exp(top - new_top)
         total, out = total * keep + jnp.exp(sink - new_top), out * keep
-    out = out / jnp.where(total == 0, 1.0, total)
+    out = (out / jnp.where(total == 0, 1.0, total))[:, :, : group * queries]
     return out.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -88,6 +88,21 @@ def test_random_departures_leak_nothing_and_harm_nobody(llm):
     assert min(counts.values()) > 0, counts
 
 
+def test_those_who_leave_before_they_are_added_harm_nobody(llm):
+    """The engine's thread finds them cancelled when it comes to them."""
+
+    async def run():
+        for delay in (0, 0, 0.001, 0.002):
+            stays = asyncio.create_task(last(llm.generate(PROMPTS[0], GREEDY)))
+            tasks = [asyncio.create_task(last(llm.generate(PROMPTS[1], GREEDY))) for _ in range(5)]
+            await asyncio.sleep(delay)
+            [task.cancel() for task in tasks]
+            assert (await stays).outputs[0].token_ids == generated(CASE)[0]
+        await settled(llm)
+
+    asyncio.run(run())
+
+
 def test_several_event_loops(llm):
     results = {}
 
@@ -107,10 +122,10 @@ def test_a_bad_request_is_its_own_alone(llm):
         for bad in ({"prompt_token_ids": []}, {"prompt_token_ids": [10**6]}, {"prompt_token_ids": [1] * 80}, "text", {"promt": "x"}):
             with pytest.raises(RequestError):
                 await last(llm.generate(bad, GREEDY))
-        if not good.done():
-            with pytest.raises(RequestError, match="already"):
-                await last(llm.generate(PROMPTS[1], GREEDY, request_id="mine"))
         assert (await good).outputs[0].token_ids == generated(CASE)[0]
+        streams = [llm.generate(PROMPTS[0], GREEDY, request_id="twice") for _ in range(2)]
+        results = await asyncio.gather(*map(last, streams), return_exceptions=True)  # added together, before a step is taken
+        assert sorted(type(r) is RequestError and "'twice' already" in str(r) for r in results) == [False, True]
         await settled(llm)
 
     asyncio.run(run())

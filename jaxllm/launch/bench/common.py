@@ -36,6 +36,8 @@ class BenchCommand(Command):
     "Of weights and activations; auto fits the device."
     tensor_parallel_size: int = 1
     "Devices to split the model over."
+    record: str | None = None
+    "Write all that the scheduler is told and plans to this file, for `jaxllm simulate --replay`; it costs some speed."
     repeats: int = 5
     "Runs that count, after one that does not; figures are their medians."
 
@@ -59,6 +61,7 @@ def make_llm(config: BenchCommand) -> tuple[LLM, float]:
         max_num_batched_tokens=config.max_num_batched_tokens,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
+        record=config.record,
     )
     startup = time.perf_counter() - start
     print(f"ready after {startup:.1f} s", file=sys.stderr)
