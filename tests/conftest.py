@@ -1,9 +1,7 @@
-"""Set before anything imports JAX: eight CPU devices, so that sharding is tested anywhere, and compiled programs kept between runs."""
+"""Set before anything imports JAX: eight CPU devices, so that sharding is tested anywhere."""
 
 import os
 import sys
-
-from jaxllm.paths import cache_dir
 
 if "jax" in sys.modules:
     raise RuntimeError("JAX was imported before tests/conftest.py could set its flags; find the plugin or import that did it")
@@ -11,8 +9,6 @@ if "jax" in sys.modules:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled-for-tests"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from hypothesis import settings  # noqa: E402
 

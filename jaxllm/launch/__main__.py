@@ -25,6 +25,8 @@ COMMANDS = {
     "bench throughput": ("jaxllm.launch.bench.throughput", "Measure tokens a second over many requests at once."),
     "bench latency": ("jaxllm.launch.bench.latency", "Measure the time to the first token and between tokens."),
     "bench startup": ("jaxllm.launch.bench.startup", "Measure how long an engine takes to be ready."),
+    "bench mixed": ("jaxllm.launch.bench.mixed", "Measure a load of every kind of request at once, and what it wastes."),
+    "bench prefix": ("jaxllm.launch.bench.prefix", "Measure what requests that begin alike gain by sharing pages."),
     "simulate": ("jaxllm.launch.simulate", "Run the scheduler without a device: derive a recorded run's plans again."),
     "doctor": ("jaxllm.launch.doctor", "Show versions, devices, memory, caches and settings, and check that the device computes."),
 }

@@ -27,15 +27,18 @@ def powers_of_two(first: int, last: int) -> list[int]:
 
 
 def make_buckets(max_num_seqs: int, max_num_batched_tokens: int, *, one_row: bool, smallest: int = 16) -> list[Bucket]:
-    """Every shape that a step can have: decode steps (a token a sequence), and mixed ones.
+    """Every shape that a step can have: decode steps (a token a sequence), and mixed ones. Few rows cost hardly less than eight,
+    as it is reading the weights that takes the time, so there is nothing between the smallest and that.
 
     `one_row`: there may be a shape of one row. A product of a matrix with one row adds in another order than one with two or
     any other number of rows, so where a sequence could meet both, there is none: its tokens would depend on its company.
     """
     least = 1 if one_row else 2
-    decode = [Bucket(n, n, True) for n in powers_of_two(least, max(least, max_num_seqs))]
+    most = max(least, max_num_seqs)
+    decode = [Bucket(n, n, True) for n in sorted({least, *powers_of_two(min(8, most), most)})]
     first = max(least, min(smallest, max_num_batched_tokens))
-    mixed = [Bucket(t, min(t, max(least, max_num_seqs))) for t in powers_of_two(first, max(first, max_num_batched_tokens))]
+    last = max(first, max_num_batched_tokens)
+    mixed = [Bucket(t, min(t, most)) for t in sorted({first, *powers_of_two(min(4 * first, last), last)})]
     return sorted(decode + mixed)
 
 

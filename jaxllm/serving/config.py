@@ -32,7 +32,7 @@ class EngineConfig:
       max_logprobs: the most likely tokens that a request may ask the log-probabilities of (`logprobs`, `prompt_logprobs`).
       seed: makes the random numbers of requests that bring no seed of their own reproducible.
       skip_tokenizer_init: no tokenizer: prompts must be token ids, and outputs have no text.
-      compilation_cache_dir: where compiled programs are kept between runs; "" turns that off, None is jaxllm's cache folder.
+      compilation_cache_dir: where compiled programs are kept between runs (unless JAX caches them); "": nowhere, None: the cache folder.
       record: a file for all that the scheduler is told and plans, which `jaxllm simulate --replay` reads (`serving/replay.py`).
     """
 

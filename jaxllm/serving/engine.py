@@ -30,10 +30,17 @@ from jaxllm.tokenizers import Tokenizer
 
 @dataclass
 class EngineStats:
-    """Of all steps so far: their number, and the seconds that the host spent on them rather than waiting for the device."""
+    """Of all steps so far: their number, the seconds that the host spent on them rather than waiting for the device, and the
+    sum over them of the share of the KV cache's pages in use that held no token (`Scheduler.kv_waste`)."""
 
     steps: int = 0
     host_s: float = 0.0
+    kv_waste_sum: float = 0.0
+
+    @property
+    def kv_waste(self) -> float:
+        """The mean over the steps."""
+        return self.kv_waste_sum / max(1, self.steps)
 
 
 class Engine:
@@ -83,7 +90,7 @@ class Engine:
         check_params(
             params,
             vocab_size=self.vocab_size,
-            max_logprobs=self.config.max_logprobs,
+            max_logprobs=self.runner.programs.num_logprobs,
             has_tokenizer=self.tokenizer is not None,
             processors=self.runner.processors,
         )
@@ -157,6 +164,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.scheduled:
             prepared = self.runner.prepare(plan, self._completions)
+            self.stats.kv_waste_sum += self.scheduler.kv_waste()
             self.stats.host_s += time.perf_counter() - start
             self.stats.steps += 1
             self._in_flight.append((plan, self.runner.launch(prepared)))
@@ -248,7 +256,7 @@ class Engine:
 
     def _logprobs(self, logprobs: TokenLogprobs, row: int, token: int, k: int) -> dict[int, Logprob]:
         """Of a token and of the k likeliest in its place."""
-        decoded = lambda i: None if self.tokenizer is None or i >= self.tokenizer.vocab_size else self.tokenizer.decode([i])
+        decoded = lambda i: self.tokenizer.decode([i]) if self.tokenizer is not None and self.tokenizer.has_token(i) else None
         result = {token: Logprob(float(logprobs.logprob[row]), int(logprobs.rank[row]), decoded(token))}
         for rank in range(k):
             likely = int(logprobs.top_ids[row, rank])

@@ -93,7 +93,8 @@ class LLM:
             sequences = []
             for o in output.outputs:
                 tokens = output.prompt_token_ids + o.token_ids
-                text = None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens)
+                known = [] if tokenizer is None else [token for token in tokens if tokenizer.has_token(token)]
+                text = None if tokenizer is None else tokenizer.decode(known, skip_special_tokens=params.skip_special_tokens)
                 sequences.append(BeamSearchSequence(tokens, o.logprobs, o.cumulative_logprob, text, o.finish_reason, o.stop_reason))
             results.append(BeamSearchOutput(sequences))
         return results

@@ -43,7 +43,6 @@ class Loaded:
 def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None = None) -> Loaded:
     """Finds, reads and places the model, and sizes the page pool. Compiles nothing."""
     start = time.perf_counter()
-    enable_compilation_cache(config.compilation_cache_dir)
     mesh = make_mesh(tensor=config.tensor_parallel_size)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     path = resolve_model(config.model)
@@ -90,18 +89,18 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         one_row=config.max_num_seqs == 1 and not config.enable_prefix_caching,
         max_logprobs=config.max_logprobs,
         processors=processors,
+        cache_dir=_programs_dir(config.compilation_cache_dir),
     )
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
     return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start)
 
 
-def enable_compilation_cache(folder: str | None) -> None:
-    """Keeps compiled programs between runs, unless the user has told JAX where already or turned it off with ""."""
-    if folder == "" or (folder is None and jax.config.jax_compilation_cache_dir):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder or cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _programs_dir(folder: str | None) -> Path | None:
+    """Where compiled programs are kept. Nowhere if that is turned off, or if JAX's own cache is on: it keeps them then, and what it
+    has found there cannot be written elsewhere."""
+    if folder == "" or jax.config.jax_compilation_cache_dir:
+        return None
+    return Path(folder) if folder else cache_dir() / "programs"
 
 
 def _tokenizer_path(path: Path) -> Path:

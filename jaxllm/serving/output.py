@@ -11,19 +11,27 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_ids: Sequence[int]):
         self.text = ""
-        self._stops = params.stop
+        self._stops, self._keeps_stop = params.stop, params.include_stop_str_in_output
+        self._unchecked = params.min_tokens  # tokens to come in whose text no stop string is looked for
         self._held = ""  # decoded, not shown: it may be the beginning of a stop string
         self._detokenizer = None
         if tokenizer is not None:
             # Many models have more rows in their vocabulary than their tokenizer has tokens; those ids have no text.
-            self._known = lambda ids: [i for i in ids if i < tokenizer.vocab_size and tokenizer.id_to_token[i] is not None]
+            self._known = lambda ids: [i for i in ids if tokenizer.has_token(i)]
             self._detokenizer = IncrementalDetokenizer(
                 tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=self._known(prompt_ids)
             )
 
     def add(self, token: int) -> str | None:
         """One more token. Returns the stop string that its text completed, which ends the text just before it."""
-        return None if self._detokenizer is None else self._append(self._detokenizer.add(self._known([token])))
+        if self._detokenizer is None:
+            return None
+        new = self._detokenizer.add(self._known([token]))
+        if self._unchecked > 0:
+            self._unchecked -= 1
+            self.text += new
+            return None
+        return self._append(new)
 
     def finish(self) -> str | None:
         """No more tokens come: shows what was held back. Returns a stop string that the last characters completed."""
@@ -39,7 +47,8 @@ class TextStream:
         found = [(place, stop) for stop in self._stops if (place := pending.find(stop)) >= 0]
         if found:
             place, stop = min(found)
-            self.text, self._held, self._stops = self.text + pending[:place], "", ()
+            end = place + len(stop) if self._keeps_stop else place
+            self.text, self._held, self._stops = self.text + pending[:end], "", ()
             self._detokenizer = None
             return stop
         keep = max((_overlap(pending, stop) for stop in self._stops), default=0)

@@ -23,6 +23,7 @@ from jaxllm.checkpoints.load import Model
 from jaxllm.models import ModelConfig
 from jaxllm.serving.attend import paged_attend
 from jaxllm.serving.batch import BatchLayout, Bucket
+from jaxllm.serving.executables import ExecutableCache
 from jaxllm.serving.logits import LogitsProcessor, process_logits
 from jaxllm.serving.logprobs import TokenLogprobs, no_logprobs, token_logprobs
 from jaxllm.serving.sampling import SamplingArrays, sample
@@ -63,12 +64,13 @@ class _Programs:
         dtype,
         max_logprobs: int,
         processors: Sequence[LogitsProcessor] = (),
+        cache: ExecutableCache | None = None,
     ):
         self.config: ModelConfig = model.config
         self.mesh, self.whole = mesh, NamedSharding(mesh, PartitionSpec())
         self.pages_sharding = state.kv_pages.sharding
         self.num_logprobs = min(max_logprobs, model.config.vocab_size)
-        self._dtype = dtype
+        self._dtype, self._cache = dtype, cache
         self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules)
         self._abstract_state = _abstract((state.kv_pages, state.slots))
         self._processors = tuple(processors)
@@ -79,10 +81,13 @@ class _Programs:
     def _shape(self, *shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
 
-    def _compile(self, function, arguments: tuple, *, donate: tuple[int, ...] = (), shardings: Any = None):
-        with jax.set_mesh(self.mesh):
-            shardings = self.whole if shardings is None else shardings
-            return jax.jit(function, donate_argnums=donate, out_shardings=shardings).lower(*arguments).compile()
+    def _compile(self, name: str, function, arguments: tuple, *, donate: tuple[int, ...] = (), shardings: Any = None):
+        def compile_():
+            jitted = jax.jit(function, donate_argnums=donate, out_shardings=self.whole if shardings is None else shardings)
+            with jax.set_mesh(self.mesh):
+                return jitted.lower(*arguments).compile()
+
+        return compile_() if self._cache is None else self._cache.get(name, compile_)
 
     def _draw(self, decoder, hidden: jax.Array, batch: dict[str, jax.Array], slots: SlotState) -> tuple[Drawn, SlotState]:
         """A token for each sequence from its last hidden state [N, D], and the slots with the token in them."""
@@ -107,7 +112,7 @@ class _Programs:
             padded = jnp.pad(hidden, ((0, PROMPT_BLOCK), (0, 0)))
             return jax.lax.dynamic_slice_in_dim(padded, first, PROMPT_BLOCK)
 
-        return self._compile(block, (self._hidden(tokens), self._shape()))
+        return self._compile(f"block of {tokens}", block, (self._hidden(tokens), self._shape()))
 
     def compile_prompt_logprobs(self):
         """(weights, a block of hidden states, the tokens that came next) -> TokenLogprobs."""
@@ -116,7 +121,7 @@ class _Programs:
             decoder = self._decoder(weights)
             return token_logprobs(decoder.logits(self._normed(decoder, hidden)), tokens, self.num_logprobs)
 
-        return self._compile(logprobs, (_abstract(self._weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK)))
+        return self._compile("prompt logprobs", logprobs, (_abstract(self._weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK)))
 
     def prompt_logprobs(self, program, hidden: jax.Array, tokens: jax.Array) -> TokenLogprobs:
         return program(self._weights, hidden, tokens)
@@ -139,7 +144,7 @@ class WholeStep(_Programs):
     def compile(self, bucket: Bucket, layout: BatchLayout):
         arguments = (_abstract(self._weights), *self._abstract_state, self._buffer(layout))
         shardings = (self.whole, self.pages_sharding, self.whole, self.whole)
-        return self._compile(partial(self._step, layout, bucket.decode), arguments, donate=(1, 2), shardings=shardings)
+        return self._compile(f"step {bucket}", partial(self._step, layout, bucket.decode), arguments, donate=(1, 2), shardings=shardings)
 
     def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
         """Starts a step: what it draws, and its hidden states [T, D]."""
@@ -179,7 +184,7 @@ class LayerByLayer(_Programs):
     def compile(self, bucket: Bucket, layout: BatchLayout):
         kv_pages, slots = self._abstract_state
         weights = _abstract(self._weights)
-        first = self._compile(partial(self._first, layout), (weights, slots.last_tokens, self._buffer(layout)))
+        first = self._compile(f"first {bucket}", partial(self._first, layout), (weights, slots.last_tokens, self._buffer(layout)))
         x, ropes, batch = jax.tree.map(lambda x: self._shape(*x.shape, dtype=x.dtype), first.out_info)
         attend, head = ({name: batch[name] for name in names} for names in (_ATTEND, _HEAD))
         layers = {}
@@ -187,8 +192,10 @@ class LayerByLayer(_Programs):
             if kind not in layers:
                 arguments = (_abstract(leaves), x, kv_pages, ropes, attend, _abstract(number))
                 function = partial(self._layer, graph, tree, bucket.decode)
-                layers[kind] = self._compile(function, arguments, donate=(1, 2), shardings=(self.whole, self.pages_sharding))
-        rows = self._compile(lambda x, starts: x[_last_rows({"query_starts": starts})], (x, batch["query_starts"]))
+                shardings = (self.whole, self.pages_sharding)
+                layers[kind] = self._compile(f"layer {kind} {bucket}", function, arguments, donate=(1, 2), shardings=shardings)
+        last_rows = lambda x, starts: x[_last_rows({"query_starts": starts})]
+        rows = self._compile(f"rows {bucket}", last_rows, (x, batch["query_starts"]))
         return first, layers, rows, self._head(bucket.sequences, head)
 
     def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
@@ -210,7 +217,7 @@ class LayerByLayer(_Programs):
         if mine:
             arguments = (_abstract(self._weights), self._hidden(sequences), batch, self._abstract_state[1])
             try:
-                future.set_result(self._compile(self._last, arguments, donate=(3,)))
+                future.set_result(self._compile(f"head {sequences}", self._last, arguments, donate=(3,)))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.checkpoints.load import Model
 from jaxllm.serving.batch import Bucket, make_buckets, pick_bucket, step_layout
 from jaxllm.serving.copy_pages import CopyPages
+from jaxllm.serving.executables import ExecutableCache
 from jaxllm.serving.kv_cache import make_kv_pages
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.logprobs import TokenLogprobs
@@ -82,6 +84,7 @@ class Runner:
         one_row: bool = False,
         max_logprobs: int = 20,
         processors: Mapping[str, LogitsProcessor] | None = None,
+        cache_dir: Path | None = None,
     ):
         self.model, self.limits, self.mesh, self.rules, self.num_pages = model, limits, mesh, rules, num_pages
         self.max_pages = -(-limits.max_model_len // limits.page_size)
@@ -96,6 +99,9 @@ class Runner:
             slots=make_slots(limits.max_num_seqs, limits.max_model_len, model.config.vocab_size, mesh),
         )
         way = WholeStep if model.scanned else LayerByLayer
+        made_from = (model.config, limits, num_pages, dtype, rules, one_row, max_logprobs, model.scanned)
+        # What a caller's own functions do is not to be known by name.
+        cache = None if cache_dir is None or self.processors else ExecutableCache(cache_dir, mesh, made_from)
         self.programs = way(
             model,
             self.state,
@@ -105,6 +111,7 @@ class Runner:
             dtype=dtype,
             max_logprobs=max_logprobs,
             processors=tuple(self.processors.values()),
+            cache=cache,
         )
         self._slots = SlotWriter(self.state.slots, model.config.vocab_size, mesh)
         self._copies = CopyPages(self.state.kv_pages, num_pages=num_pages, most=limits.max_num_seqs, mesh=mesh)

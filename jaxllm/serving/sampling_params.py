@@ -388,9 +388,10 @@ _TAIL = """
 
 With a seed, or with temperature 0, a request's tokens are the same whoever shares its batch, however its prompt is cut into chunks, whether
 it was preempted, and whatever of it was cached, on one machine with one configuration of the engine. In float32 on the CPU this holds by
-construction, to the bit of every log-probability: sums over rows are matrix products, whose order of adding does not depend on the
-number of rows from two on, and no step has fewer. (Heads of fewer than 16 values are too small for that: their tokens differ where two are equally
-likely to some seven digits.) An engine for one sequence without prefix cache (`max_num_seqs=1, enable_prefix_caching=False`) does take
-steps of one row, which are faster: there is nobody else there, but its tokens may differ from another engine's in the same rare places.
-On other devices and in bfloat16 the random numbers are the same, and logits may differ in their last bits between shapes of steps.
+construction, to the bit of every log-probability: sums over rows are matrix products, which add in the same order for any number of
+rows from two on, and no step has fewer. (Heads of fewer than 16 values are too small for that: their tokens differ where two are
+equally likely to some seven digits.) An engine for one sequence without prefix cache (`max_num_seqs=1, enable_prefix_caching=False`)
+does take steps of one row, which are faster: there is nobody else there, but its tokens may differ from another engine's in the same
+rare places. On other devices and in bfloat16 the random numbers are the same, and logits may differ in their last bits between shapes
+of steps.
 """

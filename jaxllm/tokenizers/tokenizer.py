@@ -64,6 +64,10 @@ class Tokenizer:
         """The default chat template."""
         return self.chat_templates.get("default")
 
+    def has_token(self, token_id: int) -> bool:
+        """Whether there is such a token; models may have more rows than their tokenizer has tokens."""
+        return 0 <= token_id < self.vocab_size and self.id_to_token[token_id] is not None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens spelled in the text become their ids; `add_special_tokens` adds BOS/EOS as the model wants.
 
@@ -86,7 +90,7 @@ class Tokenizer:
                 token_id = index(value)
             except TypeError:
                 raise RequestError(f"Token ids must be integers, but the one at position {position} is {value!r}.") from None
-            if not 0 <= token_id < self.vocab_size or self.id_to_token[token_id] is None:
+            if not self.has_token(token_id):
                 raise RequestError(
                     f"Token id {token_id} at position {position} is not in the vocabulary of {self.vocab_size} tokens: "
                     "use the ids of this model's own tokenizer."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from jaxllm.launch.command import Command
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput
+    from jaxllm.serving.engine import Engine, EngineStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +82,45 @@ def measure(llm: LLM, config: BenchCommand, startup_s: float) -> dict[str, Any]:
     runs = []
     for i in range(config.repeats + 1):
         prompts = [{"prompt_token_ids": rng.integers(low, high, config.input_len).tolist()} for _ in range(config.num_prompts)]
-        before, start = (stats.steps, stats.host_s), time.perf_counter()
+        before, start = replace(stats), time.perf_counter()
         outputs = llm.generate(prompts, params)
         seconds = time.perf_counter() - start
-        steps, host_s = stats.steps - before[0], stats.host_s - before[1]
         if i == 0:
             continue
-        runs.append(_figures(outputs, config, seconds) | {"host_ms_per_step": 1e3 * host_s / steps, "ms_per_step": 1e3 * seconds / steps})
+        runs.append(_figures(outputs, config, seconds) | per_step(before, stats, seconds))
         print(f"run {i}: {runs[-1]['output_tokens_per_s']:.1f} output tokens/s in {seconds:.2f} s", file=sys.stderr)
     result: dict[str, Any] = {name: round(median(run[name] for run in runs), 3) for name in runs[0]}
     return result | {
         "startup_s": round(startup_s, 2),
         "compiles": compiled.compiles,
         "compiles_after_warmup": compiled.compiles_after_warmup,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        **memory(llm.engine),
         "model": config.model,
         "num_prompts": config.num_prompts,
         "input_len": config.input_len,
         "output_len": config.output_len,
+    }
+
+
+def per_step(before: EngineStats, after: EngineStats, seconds: float) -> dict[str, float]:
+    """Means over the steps between two moments."""
+    steps = max(1, after.steps - before.steps)
+    return {
+        "host_ms_per_step": 1e3 * (after.host_s - before.host_s) / steps,
+        "ms_per_step": 1e3 * seconds / steps,
+        "kv_waste": (after.kv_waste_sum - before.kv_waste_sum) / steps,
+    }
+
+
+def memory(engine: Engine) -> dict[str, int]:
+    """Bytes: this process's most so far, and of it, if the device is the CPU, the weights and the page pool."""
+    import jax
+
+    held = lambda tree: sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
+    return {
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "weights_bytes": held(engine.runner.model.params),
+        "kv_cache_bytes": held(engine.runner.state.kv_pages),
     }
 
 
