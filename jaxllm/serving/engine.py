@@ -20,6 +20,7 @@ from jaxllm.serving.loading import load
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.logprobs import TokenLogprobs
 from jaxllm.serving.output import TextStream
+from jaxllm.serving.progress import CompileProgress
 from jaxllm.serving.replay import RecordingScheduler, open_record
 from jaxllm.serving.request import Completion, Logprob, Request, RequestMetrics, RequestOutput, SamplingParams, completion_seed
 from jaxllm.serving.runner import Launched
@@ -30,17 +31,18 @@ from jaxllm.tokenizers import Tokenizer
 
 @dataclass
 class EngineStats:
-    """Of all steps so far: their number, the seconds that the host spent on them rather than waiting for the device, and the
-    sum over them of the share of the KV cache's pages in use that held no token (`Scheduler.kv_waste`)."""
+    """Sums over all steps so far: their number, the seconds that the host spent on them rather than waiting for the device, the
+    tokens that the KV cache's pages in use had room for, and how many of those places were empty (`Scheduler.kv_use`)."""
 
     steps: int = 0
     host_s: float = 0.0
-    kv_waste_sum: float = 0.0
+    kv_places: int = 0
+    kv_empty: int = 0
 
     @property
     def kv_waste(self) -> float:
-        """The mean over the steps."""
-        return self.kv_waste_sum / max(1, self.steps)
+        """The share of the pages in use that held no token."""
+        return self.kv_empty / max(1, self.kv_places)
 
 
 class Engine:
@@ -67,7 +69,7 @@ class Engine:
         self.stats = EngineStats()
         self.load_s = loaded.load_s
         if config.warmup:
-            self.runner.warm_up()
+            self.runner.warm_up(CompileProgress())
 
     @property
     def has_work(self) -> bool:
@@ -164,7 +166,9 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.scheduled:
             prepared = self.runner.prepare(plan, self._completions)
-            self.stats.kv_waste_sum += self.scheduler.kv_waste()
+            places, empty = self.scheduler.kv_use()
+            self.stats.kv_places += places
+            self.stats.kv_empty += empty
             self.stats.host_s += time.perf_counter() - start
             self.stats.steps += 1
             self._in_flight.append((plan, self.runner.launch(prepared)))

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,17 +118,18 @@ class Runner:
         self._programs: dict[Bucket | str | int, Any] = {}
         self._warm = False
 
-    def warm_up(self, progress=None) -> None:
-        """Compiles every program there is. A compile after this is counted in `compiles_after_warmup`."""
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program there is, telling `progress(done, of)`. A compile after this is counted in `compiles_after_warmup`."""
         blocks = {bucket.tokens for bucket in self.buckets}
         every = [*reversed(self.buckets), *blocks, _COPY, _WRITE_SLOT, _PROMPT_LOGPROBS]  # those that take longest first
         todo = [b for b in every if b not in self._programs]
         start = time.perf_counter()
         with ThreadPoolExecutor(max(1, len(todo))) as pool:  # tracing takes turns, compiling runs side by side
-            for bucket, program in zip(todo, pool.map(self._compile, todo), strict=True):
-                self._programs[bucket] = program
+            futures = {pool.submit(self._compile, key): key for key in todo}
+            for done, future in enumerate(as_completed(futures), 1):
+                self._programs[futures[future]] = future.result()
                 if progress is not None:
-                    progress(bucket)
+                    progress(done, len(todo))
         self.stats.compile_s += time.perf_counter() - start
         self._warm = True
 

@@ -186,13 +186,15 @@ class Scheduler:
         for s in plan.scheduled:
             s.sequence.in_flight -= s.samples
 
-    def kv_waste(self) -> float:
-        """The share of the pages in use that holds no token once the planned steps have run: the end of each sequence's last page,
-        and pages kept for the rest of a prompt (Kwon et al., arXiv 2309.06180, section 3.1). Those that sequences share are full.
+    def kv_use(self) -> tuple[int, int]:
+        """(tokens that the pages in use have room for, how many of those places are empty once the planned steps have run).
+
+        Empty are the end of each sequence's last page, and pages kept for the rest of a prompt (Kwon et al., arXiv 2309.06180,
+        section 3.1: internal fragmentation and reservation). Pages that sequences share are full.
         """
-        used = (self.pool.capacity - self.pool.num_free) * self.config.page_size
-        empty = sum(len(s.pages) * self.config.page_size - s.num_computed for held in (self.running, self._kept) for s in held)
-        return empty / used if used else 0.0
+        size = self.config.page_size
+        empty = sum(len(s.pages) * size - s.num_computed for held in (self.running, self._kept) for s in held)
+        return (self.pool.capacity - self.pool.num_free) * size, empty
 
     def schedule(self) -> StepPlan:
         """Plans the next step; empty when nothing can run before an earlier step is read."""

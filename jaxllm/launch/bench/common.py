@@ -103,12 +103,12 @@ def measure(llm: LLM, config: BenchCommand, startup_s: float) -> dict[str, Any]:
 
 
 def per_step(before: EngineStats, after: EngineStats, seconds: float) -> dict[str, float]:
-    """Means over the steps between two moments."""
+    """Of the steps between two moments: means, and the share of the KV cache's pages in use that held no token."""
     steps = max(1, after.steps - before.steps)
     return {
         "host_ms_per_step": 1e3 * (after.host_s - before.host_s) / steps,
         "ms_per_step": 1e3 * seconds / steps,
-        "kv_waste": (after.kv_waste_sum - before.kv_waste_sum) / steps,
+        "kv_waste": (after.kv_empty - before.kv_empty) / max(1, after.kv_places - before.kv_places),
     }
 
 

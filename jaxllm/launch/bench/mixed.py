@@ -116,7 +116,8 @@ def run(config: Config) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result = {"seconds": seconds} | _figures(outcome, seconds) | per_step(before, engine.stats, seconds)
     result = {name: round(value, 4) for name, value in result.items()}
-    return _said(result) | {
+    print(f"{result['output_tokens_per_s']:.1f} output tokens/s; {100 * result['kv_waste']:.2f}% of the pages in use held no token")
+    return result | {
         "startup_s": round(startup, 2),
         "steps": engine.stats.steps - before.steps,
         "preemptions": engine.scheduler.num_preemptions,
@@ -130,11 +131,6 @@ def run(config: Config) -> dict[str, Any]:
         "model": config.model,
         "num_requests": config.num_requests,
     }
-
-
-def _said(result: dict[str, float]) -> dict[str, float]:
-    print(f"{result['output_tokens_per_s']:.1f} output tokens/s; {100 * result['kv_waste']:.2f}% of the pages in use held no token")
-    return result
 
 
 def _figures(outcome: Outcome, seconds: float) -> dict[str, float]:
@@ -199,7 +195,7 @@ def _params(rng: np.random.Generator, low: int, high: int, tokenizer: Tokenizer 
     }
     if some(0.06):
         options |= {"use_beam_search": True, "temperature": 0, "beam_width": 4, "n": int(rng.integers(1, 5))}
-        chosen["length_penalty"] = float(rng.uniform(0, 2))
+        options["length_penalty"] = float(rng.uniform(0, 2))
         return SamplingParams(**options, **{name: value for name, value in chosen.items() if some()})
     chosen |= {
         "presence_penalty": float(rng.uniform(-2, 2)),
