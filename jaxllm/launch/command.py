@@ -53,7 +53,7 @@ class ModelCommand(Command):
     "Compile every program before the first token; else each when it is needed. On by default, but not for one prompt."
 
 
-def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool) -> LLM:
+def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool, enable_prefix_caching: bool = True) -> LLM:
     """Loads the model that the flags name; says so on stderr, for it takes seconds. `warmup`: when no flag says."""
     from jaxllm import LLM
 
@@ -66,6 +66,7 @@ def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool) -> LLM:
         max_model_len=config.max_model_len,
         max_num_seqs=max_num_seqs,
         record=config.record,
+        enable_prefix_caching=enable_prefix_caching,
         warmup=warmup if config.warmup is None else config.warmup,
     )
 

@@ -53,7 +53,8 @@ def run(config: Config) -> dict[str, Any]:
     start = time.monotonic()
     texts = _prompts(config)
     params = sampling_params(config)
-    llm = load_model(config, max_num_seqs=min(_power_of_two(len(texts)), 64), warmup=len(texts) > 1)
+    several = len(texts) > 1  # one alone shares nothing, and then steps of one row are there, which are the fastest
+    llm = load_model(config, max_num_seqs=min(_power_of_two(len(texts)), 64), warmup=several, enable_prefix_caching=several)
     prompts = [_token_ids(llm, text, config) for text in texts]
     _compile(llm, prompts, params)
     live = config.stream if config.stream is not None else len(prompts) == 1 and (not config.json or sys.stdout.isatty())

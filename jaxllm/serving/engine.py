@@ -141,7 +141,7 @@ class Engine:
         num_outputs, max_tokens = (0, request.max_tokens) if beam is None else (len(beam.token_ids), len(beam.token_ids) + 1)
         if params.logprobs is not None:
             completion.logprobs, completion.cumulative_logprob = [], 0.0
-        check_slot(completion)
+        check_slot(completion, self.vocab_size)
         options = dict(num_outputs=num_outputs, priority=params.priority, **fork)
         self.scheduler.add(number, len(request.prompt_token_ids), max_tokens, names or (), **options)
         self._num_completions += 1

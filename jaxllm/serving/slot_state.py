@@ -71,9 +71,11 @@ def needs_slot(completion: Completion) -> bool:
     return bool(features(completion) & ~LOGPROBS) or completion.request.params.logits_processor is not None
 
 
-def check_slot(completion: Completion) -> None:
-    """Raises RequestError if a slot cannot hold what the request asks for."""
+def check_slot(completion: Completion, vocab_size: int) -> None:
+    """Raises RequestError if a slot cannot hold what the request asks for, or if it leaves no token to be drawn."""
     request = completion.request
+    if request.params.min_tokens > request.max_tokens:
+        raise RequestError(f"min_tokens={request.params.min_tokens} exceeds the {request.max_tokens} tokens that there is room for")
     if (size := len(_biases(completion))) > MAX_BIASED:
         raise RequestError(
             f"logit_bias, bad_words of one token, and the stop tokens that min_tokens holds back name {size} tokens together, "
@@ -86,10 +88,11 @@ def check_slot(completion: Completion) -> None:
             f"space), and these are {len(words)} of up to {max(map(len, words))}: give fewer or shorter ones"
         )
 
-
     banned = {token for token, value, _ in _biases(completion) if value == -np.inf}
-    if request.params.allowed_token_ids is not None and banned.issuperset(request.params.allowed_token_ids):
-        raise RequestError("allowed_token_ids leaves no token that logit_bias, bad_words or min_tokens does not forbid: allow more")
+    allowed = request.params.allowed_token_ids
+    if banned.issuperset(range(vocab_size) if allowed is None else allowed):
+        what = "min_tokens and bad_words leave" if allowed is None else "allowed_token_ids leaves"
+        raise RequestError(f"{what} no token to draw: bad_words or min_tokens (which holds back stop tokens) forbid all; allow more")
 
 
 def _held_back(completion: Completion) -> frozenset[int]:

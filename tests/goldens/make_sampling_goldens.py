@@ -7,7 +7,7 @@ after vLLM's `Sampler.apply_logits_processors` (allowed tokens, bad words, min_t
 `filters` is JSON too: for each row of `wide` [M, W] temperature, min_p, top_k, top_p (0 or 1: off) and typical_p; `kept` [M, W] are the
 probabilities that remain after vLLM's temperature, min_p, top_k and top_p, and then transformers' `TypicalLogitsWarper`.
 
-Made with vLLM 0.32.0 (CPU), transformers 5.19.0, Python 3.11. vLLM is known to give these functions on any platform.
+Made with vLLM 0.32.0 (CPU), transformers 5.19.0, Python 3.11.
 """
 
 import json
@@ -28,7 +28,7 @@ VOCAB, WIDE = 100, 300  # 100: its last word of 32 bits is not full
 RNG = np.random.default_rng(0)
 
 ALLOWED = sorted(RNG.choice(VOCAB, 40, replace=False).tolist())
-# For each: parameters of vLLM's names, `bad` words as tokens, tokens that stop, and how long prompt and outputs are. `ends` are outputs' last.
+# Parameters of vLLM's names, `bad` words as tokens, tokens that `stop`, how many `outputs` there are, and what they end with.
 REQUESTS = [
     dict(),
     dict(repetition_penalty=1.7),
@@ -143,7 +143,8 @@ def main() -> None:
     for request in REQUESTS:
         prompt = tokens(11, request.get("prompt_ends", []))
         output = tokens(request.get("outputs", 15), request.get("ends", []))
-        requests.append({k: v for k, v in request.items() if k not in ("outputs", "ends", "prompt_ends")} | dict(prompt=prompt, output=output))
+        told = {k: v for k, v in request.items() if k not in ("outputs", "ends", "prompt_ends")}
+        requests.append(told | dict(prompt=prompt, output=output))
     logits = torch.tensor(RNG.normal(size=(len(requests), VOCAB)) * 3, dtype=torch.float32)
     wide = torch.tensor(RNG.normal(size=(len(FILTERS), WIDE)) * 2, dtype=torch.float32)
     np.savez_compressed(

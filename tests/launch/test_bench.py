@@ -8,7 +8,8 @@ from tiny_models import write_llama
 
 from jaxllm.launch.__main__ import main
 
-TINY = ["--model", str(MODELS / "llama_gqa"), "--dtype", "float32", "--json"]
+FEW_SHAPES = ["--max-num-batched-tokens", "32", "--json"]  # they compile in seconds
+TINY = ["--model", str(MODELS / "llama_gqa"), "--dtype", "float32", *FEW_SHAPES]
 
 
 def run(capfd, *flags: str) -> dict:
@@ -35,7 +36,7 @@ def test_throughput(capfd):
 
 
 def test_mixed(capfd, tmp_path):
-    model = ["--model", str(write_llama(tmp_path / "tiny", tokenizer=True)), "--json"]
+    model = ["--model", str(write_llama(tmp_path / "tiny", tokenizer=True)), *FEW_SHAPES]
     lengths = ["--num-requests", "30", "--max-input-len", "60", "--max-output-len", "20", "--max-num-seqs", "4"]
     result = run(capfd, "mixed", *model, *lengths, "--page-size", "4")
     check_memory(result)

@@ -24,7 +24,13 @@ def model(tmp_path_factory):
 def run(model, num_requests, **lengths):
     """The engine after it, the requests, and what became of them."""
     llm = LLM(model, **OPTIONS, max_model_len=sum(lengths.values()), logits_processors=PROCESSORS, num_pages=sum(lengths.values()) // 4 + 9)
-    engine = llm.engine
+    engine, kv_use = llm.engine, llm.engine.scheduler.kv_use
+
+    def checked():
+        assert kv_use() == count_page_by_page(engine.scheduler)
+        return kv_use()
+
+    engine.scheduler.kv_use = checked
     requests = mixed_load(
         np.random.default_rng(5), num_requests, vocab_size=engine.vocab_size, tokenizer=engine.tokenizer, requests_per_step=0.5, **lengths
     )
@@ -67,6 +73,15 @@ def check_output(request, output, engine):
         if not p.include_stop_str_in_output and not p.min_tokens:
             assert not any(stop in o.text for stop in p.stop)
         assert o.stop_reason is None or o.stop_reason in (*p.stop, *p.stop_token_ids)
+
+
+def count_page_by_page(scheduler):
+    """`Scheduler.kv_use`, from every page that any sequence holds."""
+    size, held = scheduler.config.page_size, {}
+    for sequence in [*scheduler.running, *scheduler._kept]:
+        for i, page in enumerate(sequence.pages):
+            held[page] = max(held.get(page, 0), min(size, max(0, sequence.num_computed - i * size)))
+    return len(held) * size, len(held) * size - sum(held.values())
 
 
 def check_alone(engine, requests, outcome, numbers):

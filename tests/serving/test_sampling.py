@@ -1,10 +1,12 @@
-"""Sampling against plain numpy with sorts, and against the chi-square test."""
+"""Sampling against plain numpy with sorts, against vLLM and transformers, and against the chi-square test."""
 
+import json
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from golden_cases import FOLDER
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -17,16 +19,17 @@ sample_jit, weights_jit, uniform_jit, inverse_cdf = (
 )
 
 
-def arrays(n, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0) -> SamplingArrays:
+def arrays(n, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, seed=0, position=0) -> SamplingArrays:
     """Parameters of n rows; each may be a number for all or an array [n]. `seed` is the low half."""
     full = lambda value, dtype: np.broadcast_to(np.asarray(value, dtype), n).copy()
     seeds = np.stack([np.zeros(n, np.uint32), full(seed, np.uint32)], axis=1)
     f32, i32 = np.float32, np.int32
-    return SamplingArrays(full(temperature, f32), full(top_k, i32), full(top_p, f32), full(min_p, f32), seeds, full(position, i32))
+    filters = dict(top_k=full(top_k, i32), top_p=full(top_p, f32), min_p=full(min_p, f32), typical_p=full(typical_p, f32))
+    return SamplingArrays(temperature=full(temperature, f32), **filters, seed=seeds, position=full(position, i32))
 
 
-def expected_weights(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
-    """One row's unnormalised probabilities: temperature, min_p, top_k, top_p in that order, ties of the last token kept."""
+def expected_weights(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0) -> np.ndarray:
+    """One row's unnormalised probabilities: temperature, min_p, top_k, top_p, typical_p in that order, ties of the last token kept."""
     with np.errstate(over="ignore"):
         scaled = (logits.astype(np.float64) - logits.max()) / np.float64(np.float32(temperature))
     weights = np.exp(np.maximum(scaled, -1e4))
@@ -38,7 +41,19 @@ def expected_weights(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
         running = np.cumsum(np.where(kept, weights, 0)[order])
         last = order[np.argmax(running >= top_p * running[-1])]
         kept &= logits >= logits[last]
-    return np.where(kept, weights, 0)
+    weights = np.where(kept, weights, 0)
+    if typical_p < 1:
+        distance, share = strangeness(weights)
+        order = np.argsort(distance, kind="stable")
+        weights[distance > distance[order[np.argmax(np.cumsum(share[order]) >= typical_p)]]] = 0
+    return weights
+
+
+def strangeness(weights) -> tuple[np.ndarray, np.ndarray]:
+    """How far each token's surprise is from the entropy, and the probabilities, in float64."""
+    share = weights.astype(np.float64) / weights.sum(dtype=np.float64)
+    surprise = -np.log(np.where(share > 0, share, 1.0))
+    return np.where(share > 0, np.abs(surprise - (share * surprise).sum()), np.inf), share
 
 
 @st.composite
@@ -84,6 +99,37 @@ def test_kept_tokens_are_those_that_sorting_keeps(logits, temperature, top_k, to
         assert len(set(ours[logits == value].tolist())) == 1, "tokens that tie are not treated alike"
 
 
+@settings(max_examples=100)
+@given(logits=rows(), temperature=st.floats(0.1, 3.0), mass=st.one_of(st.floats(0.01, 0.999), st.just(1e-40)), top_k=st.integers(0, 40))
+@example(np.zeros(8, np.float32), 1.0, 0.3, 0)  # all are equally typical
+@example(np.array([0, -200, -200], np.float32), 1.0, 0.5, 0)  # the others' probabilities round to nothing
+def test_typical_tokens_are_the_nearest_to_the_entropy(logits, temperature, mass, top_k):
+    options = dict(temperature=temperature, top_k=top_k)
+    before = np.asarray(weights_jit(logits[None], arrays(1, **options)))[0]
+    after = np.asarray(weights_jit(logits[None], arrays(1, **options, typical_p=mass)))[0]
+    kept = after > 0
+    np.testing.assert_array_equal(after, np.where(kept, before, 0))
+    distance, share = strangeness(before)
+    furthest, slack = distance[kept].max(), 1e-4 * (1 + np.abs(logits[np.isfinite(logits)]).max() / temperature)
+    assert kept[distance < furthest - slack].all()
+    assert share[kept].sum() >= mass * (1 - 1e-5)
+    assert share[distance < furthest - slack].sum() <= mass * (1 + 1e-5), "fewer would do"
+    for value in np.unique(logits):
+        assert len(set(after[logits == value].tolist())) == 1, "tokens that tie are not treated alike"
+
+
+def test_filters_as_vllm_and_transformers_have_them():
+    """Made by goldens/make_sampling_goldens.py; all rows in one batch."""
+    with np.load(FOLDER / "sampling.npz") as data:
+        filters, logits, kept = json.loads(str(data["filters"])), data["wide"], data["kept"]
+    off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0)
+    assert all(any(f[name] != off[name] for f in map(off.__or__, filters)) for name in off)
+    columns = {name: np.array([(off | f)[name] for f in filters]) for name in off}
+    ours = np.asarray(weights_jit(logits, arrays(len(filters), **columns)))
+    np.testing.assert_array_equal(ours > 0, kept > 0)
+    np.testing.assert_allclose(ours / ours.sum(-1, keepdims=True), kept, rtol=1e-5)
+
+
 LOGITS = np.concatenate([np.random.default_rng(0).normal(size=46) * 1.5, [1.0, 1.0, 1.0, -np.inf]]).astype(np.float32)
 SETTINGS = [
     {},
@@ -92,7 +138,9 @@ SETTINGS = [
     {"top_k": 7},
     {"top_p": 0.8},
     {"min_p": 0.1},
+    {"typical_p": 0.7},
     {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.3, "top_k": 25, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.8},
 ]
 
 
@@ -100,7 +148,7 @@ SETTINGS = [
 def test_draws_follow_the_distribution(options):
     n = 100_000
     drawn = np.asarray(sample_jit(np.tile(LOGITS, (n, 1)), arrays(n, **options, seed=np.arange(n) % 100, position=np.arange(n) // 100)))
-    expected = expected_weights(LOGITS, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options)
+    expected = expected_weights(LOGITS, **options)
     counts, share = np.bincount(drawn, minlength=len(LOGITS)), expected / expected.sum()
     assert counts[share == 0].sum() == 0
     kept = share > 0
@@ -111,15 +159,15 @@ def test_chi_square_would_notice():
     """The test above can fail: draws at one temperature do not pass for another."""
     n = 100_000
     drawn = np.asarray(sample_jit(np.tile(LOGITS, (n, 1)), arrays(n, temperature=1.03, position=np.arange(n))))
-    share = expected_weights(LOGITS, 1.0, 0, 1.0, 0.0)[:-1]
+    share = expected_weights(LOGITS)[:-1]
     counts = np.bincount(drawn, minlength=len(LOGITS))[:-1]
     assert chisquare(counts, n * share / share.sum()).pvalue < 1e-4
 
 
 @settings(max_examples=30)
-@given(logits=rows(), seed=st.integers(0, 2**31 - 1), top_p=NUCLEUS)
-def test_no_impossible_token_is_drawn(logits, seed, top_p):
-    params = arrays(64, seed=seed, position=np.arange(64), top_p=top_p)
+@given(logits=rows(), seed=st.integers(0, 2**31 - 1), top_p=NUCLEUS, typical_p=NUCLEUS)
+def test_no_impossible_token_is_drawn(logits, seed, top_p, typical_p):
+    params = arrays(64, seed=seed, position=np.arange(64), top_p=top_p, typical_p=typical_p)
     batch = np.tile(logits, (64, 1))
     assert np.take_along_axis(np.asarray(weights_jit(batch, params)), np.asarray(sample_jit(batch, params))[:, None], axis=1).min() > 0
 
@@ -128,6 +176,7 @@ def test_a_draw_depends_on_its_row_seed_and_position_alone():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(16, 300)).astype(np.float32)
     mixed = dict(temperature=rng.uniform(0.5, 1.5, 16), top_k=np.array([0, 9] * 8), top_p=rng.uniform(0.7, 1.0, 16))
+    mixed["typical_p"] = np.array([1.0, 1.0, 0.6, 0.9] * 4)
     params = arrays(16, **mixed, seed=rng.integers(2**32, size=16), position=rng.integers(1000, size=16))
     together = np.asarray(sample_jit(logits, params))
     order = rng.permutation(16)
@@ -141,7 +190,7 @@ def test_a_draw_depends_on_its_row_seed_and_position_alone():
 def test_greedy_rows_take_the_likeliest_whatever_is_sampled_beside_them():
     logits = np.random.default_rng(2).normal(size=(64, 300)).astype(np.float32)
     greedy = np.arange(64) % 2 == 0
-    for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}):
+    for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"typical_p": 0.5}):
         mixed = np.asarray(sample_jit(logits, arrays(64, temperature=np.where(greedy, 0.0, 5.0), position=np.arange(64), **options)))
         np.testing.assert_array_equal(mixed[greedy], logits[greedy].argmax(-1))
         alone = np.asarray(sample_jit(logits[greedy], arrays(32, temperature=0.0, **options)))
@@ -153,7 +202,8 @@ def test_greedy_rows_take_the_likeliest_whatever_is_sampled_beside_them():
 def test_a_row_without_numbers_gives_some_token_and_leaves_the_others_alone(bad, temperature):
     """The engine must live on: such a row gets a token of the vocabulary, which one is not promised."""
     logits = np.random.default_rng(3).normal(size=(8, 300)).astype(np.float32)
-    params = arrays(8, temperature=np.where(np.arange(8) == 3, temperature, 1.0), top_p=0.9, top_k=40, position=np.arange(8))
+    options = dict(top_p=0.9, top_k=40, typical_p=0.9)
+    params = arrays(8, temperature=np.where(np.arange(8) == 3, temperature, 1.0), **options, position=np.arange(8))
     before = np.asarray(sample_jit(logits, params))
     broken = logits.copy()
     broken[3] = bad
