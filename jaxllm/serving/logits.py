@@ -1,12 +1,13 @@
 """What a request does to its logits before a token is drawn, in vLLM's order: allowed tokens, bad words, min_tokens and
 logit_bias, the engine's logits processors, penalties. Each part runs only if a row of the batch asks for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.errors import ConfigError
 from jaxllm.serving.slot_state import ALLOWED, BAD_WORDS, BIAS, PENALTIES, SlotState
 
 LogitsProcessor = Callable[[Float[Array, " V"], Int[Array, " L"], Int[Array, ""]], Float[Array, " V"]]
@@ -36,6 +37,25 @@ def process_logits(
         apply = lambda x, processor=processor: jax.vmap(processor)(x, tokens(), position).astype(jnp.float32)
         logits = where_asked(logits, batch["processor"] == i + 1, apply)
     return where_asked(logits, features & PENALTIES > 0, penalise)
+
+
+def check_processors(processors: Mapping[str, LogitsProcessor], vocab_size: int, max_model_len: int) -> None:
+    """Raises ConfigError, naming the first that is no LogitsProcessor. Traces each, computes nothing."""
+    shape = jax.ShapeDtypeStruct
+    arguments = shape((vocab_size,), jnp.float32), shape((max_model_len,), jnp.int32), shape((), jnp.int32)
+    for name, processor in processors.items():
+        where = f"logits_processors: {name!r}"
+        if not isinstance(name, str) or not callable(processor):
+            raise ConfigError(f"{where} must be a function in JAX of (logits, tokens, count), under a name, not {processor!r:.100}")
+        try:
+            out = jax.eval_shape(processor, *arguments)
+        except Exception as error:
+            raise ConfigError(f"{where} cannot be traced by JAX with (logits, tokens, count): {error}") from error
+        if getattr(out, "shape", None) != (vocab_size,):
+            what = list(out.shape) if hasattr(out, "shape") else type(out).__name__
+            raise ConfigError(f"{where} must return logits of shape [{vocab_size}], not {what}")
+        if not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ConfigError(f"{where} must return floating-point logits, not {out.dtype}")
 
 
 def keep_allowed(logits: Float[Array, "N V"], allowed: Array) -> Float[Array, "N V"]:

@@ -12,7 +12,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_ids: Sequence[int]):
         self.text = ""
         self._stops, self._keeps_stop = params.stop, params.include_stop_str_in_output
-        self._unchecked = params.min_tokens  # tokens to come in whose text no stop string is looked for
+        self._unchecked = params.min_tokens  # tokens to come in whose text no stop string may end; it may begin there, as in vLLM
         self._held = ""  # decoded, not shown: it may be the beginning of a stop string
         self._detokenizer = None
         if tokenizer is not None:
@@ -27,11 +27,8 @@ class TextStream:
         if self._detokenizer is None:
             return None
         new = self._detokenizer.add(self._known([token]))
-        if self._unchecked > 0:
-            self._unchecked -= 1
-            self.text += new
-            return None
-        return self._append(new)
+        self._unchecked -= 1
+        return self._append(new, look=self._unchecked < 0)
 
     def finish(self) -> str | None:
         """No more tokens come: shows what was held back. Returns a stop string that the last characters completed."""
@@ -42,9 +39,10 @@ class TextStream:
             self.text, self._held = self.text + self._held, ""
         return stop
 
-    def _append(self, new: str) -> str | None:
+    def _append(self, new: str, look: bool = True) -> str | None:
         pending = self._held + new
-        found = [(place, stop) for stop in self._stops if (place := pending.find(stop)) >= 0]
+        first = lambda stop: pending.find(stop, max(0, len(self._held) + 1 - len(stop)))  # one that ends in what is new
+        found = [(place, stop) for stop in self._stops if (place := first(stop)) >= 0] if look else []
         if found:
             place, stop = min(found)
             end = place + len(stop) if self._keeps_stop else place

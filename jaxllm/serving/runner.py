@@ -1,6 +1,7 @@
 """Runs plans on the device: one compiled program for each shape a step can have."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,7 +18,7 @@ from jaxllm.serving.batch import Bucket, make_buckets, pick_bucket, step_layout
 from jaxllm.serving.copy_pages import CopyPages
 from jaxllm.serving.executables import ExecutableCache
 from jaxllm.serving.kv_cache import make_kv_pages
-from jaxllm.serving.logits import LogitsProcessor
+from jaxllm.serving.logits import LogitsProcessor, check_processors
 from jaxllm.serving.logprobs import TokenLogprobs
 from jaxllm.serving.programs import PROMPT_BLOCK, DeviceState, LayerByLayer, WholeStep
 from jaxllm.serving.request import Completion
@@ -90,6 +91,7 @@ class Runner:
         self.max_pages = -(-limits.max_model_len // limits.page_size)
         self.buckets = make_buckets(limits.max_num_seqs, limits.max_num_batched_tokens, one_row=one_row)
         self.processors = dict(processors or {})
+        check_processors(self.processors, model.config.vocab_size, limits.max_model_len)
         self._processor_numbers = {name: i for i, name in enumerate(self.processors, 1)} | {None: 0}
         self.stats = RunnerStats()
         self._layouts = {b: step_layout(b, self.max_pages) for b in self.buckets}
@@ -124,7 +126,8 @@ class Runner:
         every = [*reversed(self.buckets), *blocks, _COPY, _WRITE_SLOT, _PROMPT_LOGPROBS]  # those that take longest first
         todo = [b for b in every if b not in self._programs]
         start = time.perf_counter()
-        with ThreadPoolExecutor(max(1, len(todo))) as pool:  # tracing takes turns, compiling runs side by side
+        # Tracing takes turns, compiling runs side by side; each takes memory, so no more of them than there are processors.
+        with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
             futures = {pool.submit(self._compile, key): key for key in todo}
             for done, future in enumerate(as_completed(futures), 1):
                 self._programs[futures[future]] = future.result()

@@ -13,6 +13,7 @@ from jaxllm.config import unknown
 from jaxllm.errors import RequestError
 
 _LARGEST = 1e38  # what float32 holds
+_MOST_COMPLETIONS = 16384  # as in vLLM: each is queued at once
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _logit_bias(name, where, doc) -> Parameter:
         biases = {}
         for token, bias in pairs:
             token = int(token) if isinstance(token, str) and token.isdecimal() else token
-            _require(_is_whole(token) and token >= 0 and _is_number(bias) and -100 <= bias <= 100)
+            _require(_is_whole(token) and token >= 0 and token not in biases)
+            _require(_is_number(bias) and -100 <= bias <= 100)
             biases[token] = float(bias)
         return tuple(sorted(biases.items()))
 
@@ -220,7 +222,15 @@ PARAMETERS: tuple[Parameter, ...] = (
         must=_WHOLE_FROM_0,
         optional=True,
     ),
-    _whole("n", 1, "scheduler", "Continuations of the prompt, each with a seed of its own.", low=1, must=_WHOLE_FROM_1),
+    _whole(
+        "n",
+        1,
+        "scheduler",
+        "Continuations of the prompt, each with a seed of its own.",
+        low=1,
+        high=_MOST_COMPLETIONS,
+        must=f"a whole number from 1 to {_MOST_COMPLETIONS}",
+    ),
     _whole(
         "priority",
         0,
@@ -317,6 +327,8 @@ class SamplingParams:
             value = getattr(self, parameter.name)
             try:
                 object.__setattr__(self, parameter.name, parameter.parse(value))
+            except RequestError:
+                raise
             except (ValueError, TypeError):
                 raise RequestError(f"{parameter.name} must be {parameter.must}, not {value!r:.200}") from None
         if self.truncate_prompt_tokens == 0:

@@ -7,6 +7,9 @@ after vLLM's `Sampler.apply_logits_processors` (allowed tokens, bad words, min_t
 `filters` is JSON too: for each row of `wide` [M, W] temperature, min_p, top_k, top_p (0 or 1: off) and typical_p; `kept` [M, W] are the
 probabilities that remain after vLLM's temperature, min_p, top_k and top_p, and then transformers' `TypicalLogitsWarper`.
 
+`generations` is JSON: greedy continuations of the prompts of models/llama_gqa by transformers, whose logits vLLM's sampler has processed as
+above at each step; `logprobs` are of the tokens, by the model's own logits.
+
 Made with vLLM 0.32.0 (CPU), transformers 5.19.0, Python 3.11.
 """
 
@@ -16,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import TypicalLogitsWarper
+from transformers import AutoModelForCausalLM, TypicalLogitsWarper
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor
@@ -63,6 +66,26 @@ REQUESTS = [
         ends=[7],
     ),
 ]
+GENERATIONS = [
+    dict(),
+    dict(repetition_penalty=1.3),
+    dict(presence_penalty=1.2),
+    dict(frequency_penalty=0.7),
+    dict(frequency_penalty=-0.5),
+    dict(presence_penalty=-0.6, frequency_penalty=0.8, repetition_penalty=0.9),
+    dict(allowed_token_ids=list(range(3, 128, 5))),
+    dict(logit_bias={5: 3.0, 77: 2.0, 127: 2.5}),
+    dict(min_tokens=12, stop=list(range(0, 128, 3))),
+    dict(
+        allowed_token_ids=list(range(60)),
+        logit_bias={7: 2.0},
+        min_tokens=9,
+        stop=list(range(0, 30, 2)),
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        repetition_penalty=1.1,
+    ),
+]
 FILTERS = [
     dict(temperature=1.0, typical_p=p) for p in (0.05, 0.2, 0.5, 0.8, 0.95, 0.999)
 ] + [
@@ -100,7 +123,7 @@ def processed(requests: list[dict], logits: torch.Tensor) -> torch.Tensor:
             row[:] = True
             row[request["allowed_token_ids"]] = False
     longest = max(len(r["prompt"]) for r in requests)
-    prompts = torch.tensor([r["prompt"] + [VOCAB] * (longest - len(r["prompt"])) for r in requests])
+    prompts = torch.tensor([r["prompt"] + [logits.shape[1]] * (longest - len(r["prompt"])) for r in requests])
     each = lambda name, default: torch.tensor([r.get(name, default) for r in requests], dtype=torch.float32)
     metadata = SamplingMetadata(
         temperature=None,
@@ -138,7 +161,28 @@ def kept(filters: dict, logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1)
 
 
+@torch.no_grad()
+def generated(request: dict, prompt: list[int], model: torch.nn.Module) -> dict:
+    """32 greedy tokens, or up to the first that stops."""
+    request = request | dict(prompt=prompt, output=[])
+    logprobs = []
+    while len(logprobs) < 32 and not (logprobs and request["output"][-1] in request.get("stop", ())):
+        logits = model(torch.tensor([prompt + request["output"]])).logits[:, -1]
+        best = processed([request], logits)[0].topk(2)
+        assert best.values[0] - best.values[1] > 2e-3, "rounding could decide: change the parameters"
+        token = int(best.indices[0])
+        request["output"].append(token)
+        logprobs.append(round(float(logits.log_softmax(-1)[0, token]), 5))
+    return request | dict(logprobs=logprobs)
+
+
 def main() -> None:
+    folder = Path(__file__).parent / "models" / "llama_gqa"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with np.load(folder / "golden.npz") as data:
+        prompts = [data[f"prompt_{i}"].tolist() for i in range(3)]
+        generations = [generated(request, prompts[i % 3], model) for i, request in enumerate(GENERATIONS)]
+        assert generations[0]["output"] == data["greedy_0"].tolist()
     requests = []
     for request in REQUESTS:
         prompt = tokens(11, request.get("prompt_ends", []))
@@ -152,6 +196,7 @@ def main() -> None:
         requests=json.dumps(requests),
         logits=logits.numpy(),
         processed=processed(requests, logits).numpy(),
+        generations=json.dumps(generations),
         filters=json.dumps(FILTERS),
         wide=wide.numpy(),
         kept=torch.cat([kept(f, row[None]) for f, row in zip(FILTERS, wide, strict=True)]).numpy(),

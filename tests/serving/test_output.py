@@ -90,6 +90,44 @@ def test_a_stop_string_of_characters_that_never_were_ends_the_text_at_its_end():
     assert shown[-1] == "ab" and stop == REPLACEMENT
 
 
+def first_stop(ids: list[int], stops: list[str], prompt: list[int], min_tokens: int) -> tuple[int, int, str] | None:
+    """By vLLM's definition (`check_stop_strings`): after how many tokens, and where, the first stop string that ends in the text of
+    tokens past min_tokens is; it may begin before."""
+    unchecked = len(stream(ids[:min_tokens], [], prompt)[0][min_tokens - 1]) if min_tokens else 0
+    for n in range(min_tokens + 1, len(ids) + 1):
+        text = decoded(prompt, ids[:n])
+        found = [(place, n, s) for s in stops if (place := text.find(s, max(0, unchecked + 1 - len(s)))) >= 0]
+        if found:
+            place, n, stop = min(found)
+            return n, place, stop
+    return None
+
+
+@settings(max_examples=500)
+@given(outputs(), st.integers(0, 12), st.booleans())
+@example((TOKENIZER.encode("xyz"), ["xy"], []), 1, False)  # begins in what min_tokens holds back, and ends past it
+@example((TOKENIZER.encode("xyz"), ["xy"], []), 2, False)
+@example((TOKENIZER.encode("wxyzz"), ["xy", "wxyzq"], []), 3, True)  # the first is in what is kept back for the second
+@example((TOKENIZER.encode("aaaa"), ["aa"], []), 2, False)
+def test_stop_strings_after_min_tokens_and_kept_in_the_output(case, min_tokens, keep):
+    ids, stops, prompt = case
+    min_tokens = min(min_tokens, len(ids))
+    params = SamplingParams(stop=stops, min_tokens=min_tokens, max_tokens=None, include_stop_str_in_output=keep)
+    expected = first_stop(ids, stops, prompt, min_tokens)
+    text = TextStream(TOKENIZER, params, prompt)
+    shown = [""]
+    for n, token in enumerate(ids, 1):
+        stop = text.add(token)
+        assert text.text.startswith(shown[-1]), "text that was shown is never taken back"
+        shown.append(text.text)
+        if stop is not None:
+            assert expected is not None and (n, stop) == (expected[0], expected[2])
+            end = expected[1] + (len(stop) if keep else 0)
+            assert text.finish() is None and text.text == decoded(prompt, ids[:n])[:end]
+            return
+    assert expected is None and text.finish() is None and text.text == decoded(prompt, ids)
+
+
 def test_tokens_without_text_and_engines_without_a_tokenizer():
     ids = TOKENIZER.encode("The quick")
     beyond = TOKENIZER.vocab_size + 7  # a row of the vocabulary that the tokenizer has no token for
@@ -98,19 +136,22 @@ def test_tokens_without_text_and_engines_without_a_tokenizer():
     assert silent.add(3) is None and silent.finish() is None and silent.text == ""
 
 
-@given(st.integers(1, 300), st.integers(0, 5000), st.data())
-def test_every_step_has_a_smallest_bucket(max_num_seqs, more_tokens, data):
+@given(st.integers(1, 300), st.integers(0, 5000), st.booleans(), st.data())
+def test_every_step_has_a_smallest_bucket(max_num_seqs, more_tokens, one_row, data):
     budget = max_num_seqs + more_tokens
-    buckets = make_buckets(max_num_seqs, budget)
-    assert len(set(buckets)) == len(buckets) <= 2 * (np.log2(budget) + 2)
-    assert all(b.sequences == min(b.tokens, max_num_seqs) for b in buckets)  # no more places than can be filled
+    buckets = make_buckets(max_num_seqs, budget, one_row=one_row)
+    least = 1 if one_row else 2
+    most, largest = max(max_num_seqs, least), max(budget, least)
+    assert len(set(buckets)) == len(buckets) <= 2 * (np.log2(largest) + 2)
+    assert all(b.tokens >= least and b.sequences >= least for b in buckets)
+    assert all(b.sequences == min(b.tokens, most) for b in buckets)  # no more places than can be filled
     sequences = data.draw(st.integers(1, max_num_seqs))
     decode = data.draw(st.booleans())
     tokens = sequences if decode else data.draw(st.integers(sequences, budget))
     picked = pick_bucket(buckets, tokens, sequences, decode)
     fitting = [b for b in buckets if b.decode == decode and b.tokens >= tokens and b.sequences >= sequences]
     assert picked in fitting and all(picked.tokens <= b.tokens and picked.sequences <= b.sequences for b in fitting)
-    assert picked.tokens <= budget and picked.sequences <= max_num_seqs
+    assert picked.tokens <= largest and picked.sequences <= most
 
 
 @pytest.mark.parametrize("bucket", [Bucket(1, 1, True), Bucket(48, 5)])
