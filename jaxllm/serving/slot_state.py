@@ -90,6 +90,8 @@ def check_slot(completion: Completion, vocab_size: int) -> None:
 
     banned = {token for token, value, _ in _biases(completion) if value == -np.inf}
     allowed = request.params.allowed_token_ids
+    if allowed is not None:  # few enough that words of several tokens may end in all of them
+        banned |= {word[-1] for word in words}
     if banned.issuperset(range(vocab_size) if allowed is None else allowed):
         what = "min_tokens and bad_words leave" if allowed is None else "allowed_token_ids leaves"
         raise RequestError(f"{what} no token to draw: bad_words or min_tokens (which holds back stop tokens) forbid all; allow more")
