@@ -46,5 +46,7 @@ def check_params(params: SamplingParams, *, vocab_size: int, max_logprobs: int, 
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > max_logprobs:
             raise RequestError(f"{name}={getattr(params, name)} exceeds the engine's max_logprobs={max_logprobs}: ask for fewer")
+    if params.logits_processor is not None and not processors:
+        raise RequestError(f"logits_processor={params.logits_processor!r}, and this engine was made without any (`logits_processors`)")
     if params.logits_processor is not None and params.logits_processor not in processors:
         raise RequestError(f"logits_processor: {unknown(params.logits_processor, list(processors), 'processor')}")

@@ -178,6 +178,24 @@ BAD_REQUESTS = {
 }
 
 
+# Parameters that are fine by themselves, and not with this prompt and engine.
+BAD_HERE = {
+    "bias of no token": (dict(logit_bias={VOCAB: 1}), "logit_bias has 640: token ids are whole numbers from 0 to 639"),
+    "no such token allowed": (dict(allowed_token_ids=[5, VOCAB]), "allowed_token_ids has 640"),
+    "bad word a surrogate": (dict(bad_words=["\ud800"]), "lone surrogate '\\ud800'"),
+    "bad word a space": (dict(bad_words=[" "]), "bad_words has ' ', which has no tokens"),
+    "bad word too long": (dict(bad_words=["lighthouse keeper " * 9]), "bad_words may be 128 words of up to 8 tokens"),
+    "logprobs too many": (dict(logprobs=21), "logprobs=21 exceeds the engine's max_logprobs=20"),
+    "prompt_logprobs too many": (dict(prompt_logprobs=10**30), "exceeds the engine's max_logprobs=20"),
+    "min_tokens beyond all": (dict(min_tokens=10**30, max_tokens=None), "exceeds the 61 tokens that there is room for"),
+    "nothing to draw": (dict(min_tokens=1, stop_token_ids=list(range(VOCAB))), "min_tokens and bad_words leave no token to draw"),
+    "no processors": (dict(logits_processor="x"), "logits_processor='x', and this engine was made without any"),
+    "more beams than logprobs": (dict(use_beam_search=True, temperature=0, n=11), "beam_width=11 needs the 22 likeliest tokens"),
+}
+for _name, (_params, _message) in BAD_HERE.items():
+    BAD_REQUESTS[_name] = (lambda m, params=_params: m.generate(IDS, SamplingParams(**params)), RequestError, _message)
+
+
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_a_bad_request_is_refused_and_harms_nothing(llm, expected, case):
     request, kind, message = BAD_REQUESTS[case]
