@@ -46,5 +46,5 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo "installing the tools for tests into $(VENV)"
-	@$(PIP) --editable ".[dev,serve,train]"
+	@$(PIP) --editable ".[dev,serve,train,plan]"
 	@touch $@

@@ -47,6 +47,8 @@ class ModelCommand(Command):
     "Longest prompt plus answer, in tokens; by default the model's own limit, as far as memory allows."
     tensor_parallel_size: int = 1
     "Devices to split the model over."
+    bundle: str | None = None
+    "Load the programs that `jaxllm compile` has written to this folder, with its settings, instead of compiling."
     record: str | None = None
     "Write all that the scheduler is told and plans to this file, for `jaxllm simulate --replay`."
     warmup: bool | None = None
@@ -54,8 +56,16 @@ class ModelCommand(Command):
 
 
 def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool, enable_prefix_caching: bool = True) -> LLM:
-    """Loads the model that the flags name; says so on stderr, for it takes seconds. `warmup`: when no flag says."""
+    """Loads the model that the flags name; says so on stderr, for it takes seconds. `warmup`: when no flag says. With a bundle, the
+    settings are the bundle's, and all its programs are loaded."""
     from jaxllm import LLM
+
+    if config.bundle is not None:
+        print(f"loading {config.model} with {config.bundle} ...", file=sys.stderr, flush=True)
+        given = {"max_model_len": config.max_model_len, "dtype": None if config.dtype == "auto" else config.dtype}
+        given["tensor_parallel_size"] = None if config.tensor_parallel_size == 1 else config.tensor_parallel_size
+        options = {name: value for name, value in given.items() if value is not None}
+        return LLM(config.model, tokenizer=config.tokenizer, record=config.record, bundle=config.bundle, **options)
 
     print(f"loading {config.model} ...", file=sys.stderr, flush=True)
     return LLM(

@@ -13,6 +13,7 @@ from jaxllm.config import from_dict
 from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine, get_tokenizer
+from jaxllm.serving.executables import bundle_settings
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.prompt import Prompt, read_prompt, read_salt
 from jaxllm.serving.request import RequestOutput, SamplingParams
@@ -58,7 +59,7 @@ class AsyncLLM:
         if max_pending is not None and (isinstance(max_pending, bool) or not isinstance(max_pending, int) or max_pending < 1):
             raise ConfigError(f"max_pending must be a whole number of at least 1, or None, not {max_pending!r}")
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        self.config = from_dict(EngineConfig, {"model": model, **options}, where="AsyncLLM(...)")
+        self.config = from_dict(EngineConfig, {"model": model, **bundle_settings(options), **options}, where="AsyncLLM(...)")
         self.engine = Engine(self.config, logits_processors)
         self._max_pending, self._pending = max_pending, 0
         self._queue: deque[Future] = deque()  # callers that wait for a place

@@ -27,12 +27,16 @@ class EngineConfig:
       memory_fraction: of the device's memory that weights and KV cache may take together.
       scan_layers: run repeated layers in a loop (compiles fast) or unrolled (faster on the CPU).
       warmup: compile every program at start; without it each is compiled when it is first needed.
+      warmup_in_background: be ready as soon as the programs are there that can run any step, and compile the rest meanwhile: a step
+        may take a larger shape than its own then. None: where that changes no bit of what is generated (float32 on the CPU).
       scheduling_policy: `fcfs`: first come, first served; `priority`: the lowest `priority` first, then by arrival.
       enable_prefix_caching: share the KV cache's pages among requests that begin alike, and keep them for later ones.
       max_logprobs: the most likely tokens that a request may ask the log-probabilities of (`logprobs`, `prompt_logprobs`).
       seed: makes the random numbers of requests that bring no seed of their own reproducible.
       skip_tokenizer_init: no tokenizer: prompts must be token ids, and outputs have no text.
       compilation_cache_dir: where compiled programs are kept between runs (unless JAX caches them); "": nowhere, None: the cache folder.
+      bundle: a folder that `jaxllm compile` has made: programs that are in it are not compiled. (They are code: take bundles only from
+        where you would take a program from.)
       record: a file for all that the scheduler is told and plans, which `jaxllm simulate --replay` reads (`serving/replay.py`).
     """
 
@@ -49,12 +53,14 @@ class EngineConfig:
     memory_fraction: float = 0.9
     scan_layers: bool | None = None
     warmup: bool = True
+    warmup_in_background: bool | None = None
     scheduling_policy: Policy = "fcfs"
     enable_prefix_caching: bool = True
     max_logprobs: int = 20
     seed: int = 0
     skip_tokenizer_init: bool = False
     compilation_cache_dir: str | None = None
+    bundle: str | None = None
     record: str | None = None
 
     def __post_init__(self):
@@ -84,7 +90,9 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than a token for each of max_num_seqs={self.max_num_seqs}"
             )
-        if self.record is not None and (not isinstance(self.record, str) or not self.record):
-            raise ConfigError(f"record must name a file, not {self.record!r}")
+        for name, what in (("record", "file"), ("bundle", "folder")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} must name a {what}, not {value!r}")
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_pages and kv_cache_memory_bytes both size the KV cache: give one")

@@ -20,7 +20,8 @@ from jaxllm.serving.loading import load
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.logprobs import TokenLogprobs
 from jaxllm.serving.output import TextStream
-from jaxllm.serving.progress import CompileProgress
+from jaxllm.serving.programs import NO_TOKEN
+from jaxllm.serving.progress import ProgressLine
 from jaxllm.serving.replay import RecordingScheduler, open_record
 from jaxllm.serving.request import Completion, Logprob, Request, RequestMetrics, RequestOutput, SamplingParams, completion_seed
 from jaxllm.serving.runner import Launched
@@ -69,7 +70,8 @@ class Engine:
         self.stats = EngineStats()
         self.load_s = loaded.load_s
         if config.warmup:
-            self.runner.warm_up(CompileProgress())
+            background = loaded.exact if config.warmup_in_background is None else config.warmup_in_background
+            self.runner.warm_up(ProgressLine("compiling", "programs"), background=background)
 
     @property
     def has_work(self) -> bool:
@@ -195,12 +197,15 @@ class Engine:
         for row, (scheduled, token) in enumerate(zip(plan.scheduled, launched.tokens.tolist(), strict=False)):  # the rest is padding
             if scheduled.samples and not scheduled.sequence.ended:  # it may have been aborted since
                 completion = self._completions[scheduled.sequence.id]
+                advanced[completion.request.request_id] = completion.request
+                if token == NO_TOKEN:
+                    self._fail(completion.request)
+                    continue
                 if completion.logprobs is not None:
                     asked = self._logprobs(launched.logprobs, row, token, completion.request.params.logprobs)
                     completion.logprobs.append(asked)
                     completion.cumulative_logprob += asked[token].logprob
                 self._advance(completion, token, now)
-                advanced[completion.request.request_id] = completion.request
         return [self._output(request, now) for request in advanced.values() if request.beams is None or request.beams.over]
 
     def _advance(self, completion: Completion, token: int, now: float) -> None:
@@ -227,6 +232,14 @@ class Engine:
         if (stop := text.finish()) is not None and completion.stop_reason is None and completion.finish_reason == "length":
             completion.finish_reason, completion.stop_reason = "stop", stop
         self._end(completion)
+
+    def _fail(self, request: Request) -> None:
+        """Ends a request from whose logits nothing can be drawn: any token would be made up."""
+        request.beams = None
+        for completion in request.completions:
+            if completion.finish_reason is None:
+                completion.finish_reason, completion.stop_reason = "error", "the logits have a NaN or +inf, or nothing but -inf"
+            self._end(completion)
 
     def _advance_beam(self, completion: Completion) -> None:
         """A beam has drawn. When all live ones have, the next ones go on from their pages, or the search is over."""
@@ -284,7 +297,8 @@ class Engine:
         self.scheduler.name_pages(completion.number, new)
 
     def close(self) -> None:
-        """Writes out the record, if one is made; the engine can run no more then."""
+        """Writes out the record, if one is made, and compiles no further; the engine can run no more then."""
+        self.runner.close()
         if isinstance(self.scheduler, RecordingScheduler):
             self.scheduler.close()
 

@@ -7,12 +7,14 @@ warm start. Here a program is found by what it is made from: this package's sour
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import pickle
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,37 +24,68 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from jaxllm.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jaxllm/models", "jaxllm/serving", "jaxllm/sharding", "pallas_kernels")  # whose code programs are made from
 
 
 class ExecutableCache:
-    """Programs in `folder`, for one engine. `made_from`: all that its programs depend on besides what is the same for every engine."""
+    """Programs in `folder`, for one engine. `made_from`: all that its programs depend on besides what is the same for every engine.
 
-    def __init__(self, folder: str | os.PathLike, mesh: Mesh, made_from: Any):
-        self._folder, self._devices = Path(folder), list(mesh.devices.flat)
-        environment = (_source(), _machine(), os.environ.get("XLA_FLAGS"), jax.config.values.get("jax_default_matmul_precision"))
+    Those that are in `bundle`, a folder that `write_manifest` has finished, are taken from there. A bundle that was made from
+    something else, or is damaged, is not used, which is logged with the reason.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, mesh: Mesh, made_from: Any, *, bundle: str | os.PathLike | None = None):
+        self._folder, self._devices = None if folder is None else Path(folder), list(mesh.devices.flat)
         first = self._devices[0]
-        runtime = (first.client.platform, first.client.platform_version, first.device_kind, len(first.client.devices()))
-        devices = ([d.id for d in self._devices], mesh.axis_names, mesh.devices.shape)
-        self._key = repr((jax.__version__, jaxlib.__version__, environment, runtime, devices, made_from))
+        self.made_from = {
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "the source of jaxllm": _source(),
+            "the processor": _machine(),
+            "XLA_FLAGS": str(os.environ.get("XLA_FLAGS")),
+            "jax_default_matmul_precision": str(jax.config.values.get("jax_default_matmul_precision")),
+            "the devices": repr((first.client.platform, first.device_kind, len(first.client.devices()))),
+            "the runtime": first.client.platform_version,
+            "the mesh": repr(([d.id for d in self._devices], mesh.axis_names, mesh.devices.shape)),
+            "the model and the engine's settings": repr(made_from),
+        }
+        self._key = repr(self.made_from)
+        self.names: dict[str, str] = {}  # what has been asked for: file -> name
+        self._bundle = None if bundle is None else _open_bundle(Path(bundle), self.made_from)
 
     def get(self, name: str, compile_: Callable[[], Any]) -> Any:
         """The program of that name, compiled if it is not there."""
-        path = self._folder / f"{hashlib.blake2b(f'{self._key}/{name}'.encode(), digest_size=20).hexdigest()}.xla"
-        try:
-            return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()), execution_devices=self._devices)
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # cut short, or of a runtime that cannot read it: it is only a copy
-            logger.warning("%s is not usable (%s); compiling %s anew", path, error, name)
+        file = f"{hashlib.blake2b(f'{self._key}/{name}'.encode(), digest_size=20).hexdigest()}.xla"
+        self.names[file] = name
+        if self._bundle is not None and (program := self._load(self._bundle.folder / file, name, self._bundle.digests.get(file))):
+            return program
+        if self._folder is None:
+            return compile_()
+        if program := self._load(self._folder / file, name):
+            return program
         program = compile_()
         try:
-            self._write(path, pickle.dumps(serialize_executable.serialize(program)))
+            self._write(self._folder / file, pickle.dumps(serialize_executable.serialize(program)))
         except Exception as error:  # a full disk, or a backend that cannot serialise: the program runs all the same
             logger.debug("%s is not kept: %s", name, error)
         return program
+
+    def _load(self, path: Path, name: str, digest: str | None = None) -> Any | None:
+        """The program in a file, if it is whole."""
+        try:
+            data = path.read_bytes()
+            if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError("its bytes are not those that the manifest names")
+            return serialize_executable.deserialize_and_load(*pickle.loads(data), execution_devices=self._devices)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # cut short, or of a runtime that cannot read it: it is only a copy
+            logger.warning("%s is not usable (%s); compiling %s anew", path, error, name)
+            return None
 
     def _write(self, path: Path, data: bytes) -> None:
         """Whole or not at all: other processes may be reading."""
@@ -87,3 +120,59 @@ def _machine() -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
+
+
+# Bundles: the programs of one engine in a folder of their own, to be carried elsewhere, with a manifest that says what they are.
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    folder: Path
+    digests: dict[str, str]
+
+
+def write_manifest(folder: Path, cache: ExecutableCache, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes a bundle of the folder that the cache has written its programs to. Returns the manifest."""
+    programs = {}
+    for file, name in sorted(cache.names.items(), key=lambda item: item[1]):
+        data = (folder / file).read_bytes()
+        programs[file] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest = {"format": _FORMAT, "made_from": cache.made_from, "settings": settings, "programs": programs}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ConfigError if there is no bundle."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            raise ConfigError(f"{folder} is a bundle of format {manifest['format']}, and this version reads {_FORMAT}: compile it anew")
+        {name: (program["sha256"], program["bytes"]) for name, program in manifest["programs"].items()}
+        dict(manifest["made_from"]), dict(manifest["settings"])
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder} is not a bundle as `jaxllm compile` writes it: {error!r}") from error
+
+
+def bundle_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's settings that the bundle among these options, if there is one, was made with."""
+    bundle = options.get("bundle")
+    return dict(read_manifest(Path(bundle))["settings"]) if isinstance(bundle, str) and bundle else {}
+
+
+def _open_bundle(folder: Path, made_from: dict[str, str]) -> _Bundle | None:
+    manifest = read_manifest(folder)
+    short = lambda value: value if len(value) < 60 else f"{value[:28]}...{value[-28:]}"
+    differ = [
+        f"{name} ({short(str(manifest['made_from'].get(name)))}, here {short(value)})"
+        for name, value in made_from.items()
+        if manifest["made_from"].get(name) != value
+    ]
+    if differ:
+        logger.warning("the bundle %s is not used, everything is compiled: it was made with another %s", folder, "; ".join(differ))
+        return None
+    return _Bundle(folder, {file: program["sha256"] for file, program in manifest["programs"].items()})

@@ -8,7 +8,9 @@ from jaxllm.errors import RequestError
 from jaxllm.serving.beam import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine, get_tokenizer
+from jaxllm.serving.executables import bundle_settings
 from jaxllm.serving.logits import LogitsProcessor
+from jaxllm.serving.progress import ProgressLine
 from jaxllm.serving.prompt import Prompt, read_prompt, read_salt
 from jaxllm.serving.request import RequestOutput, SamplingParams
 from jaxllm.tokenizers import Tokenizer
@@ -24,13 +26,11 @@ class LLM:
     for (`SamplingParams.logits_processor`; `logits.LogitsProcessor`). Raises ConfigError, CheckpointError or TokenizerError.
     """
 
-    def __init__(
-        self, model: str | os.PathLike, *, logits_processors: Mapping[str, LogitsProcessor] | None = None, **options: Any
-    ):
+    def __init__(self, model: str | os.PathLike, *, logits_processors: Mapping[str, LogitsProcessor] | None = None, **options: Any):
         from jaxllm.config import from_dict
 
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        self.config = from_dict(EngineConfig, {"model": model, **options}, where="LLM(...)")
+        self.config = from_dict(EngineConfig, {"model": model, **bundle_settings(options), **options}, where="LLM(...)")
         self.engine = Engine(self.config, logits_processors)
         # The newest output of each request of ours, until it is taken: a stream may be read while another call drives the engine.
         self._news: dict[str, RequestOutput | None] = {}
@@ -44,9 +44,14 @@ class LLM:
         return get_tokenizer(self.engine)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Continues prompts, all together; outputs come in the order of the prompts.
+        """Continues prompts, all together; outputs come in the order of the prompts. `use_tqdm` (vLLM's name for it): say on
+        standard error how many are done, if that is a terminal.
 
         A prompt is a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`; a dict may have a `cache_salt` too: the prompt
         then shares the KV cache with those of the same salt only. One SamplingParams serves all, or each has its
@@ -63,10 +68,12 @@ class LLM:
         try:
             for prompt, params in zip(prompts, each, strict=True):
                 ids.append(self._add(prompt, params))
-            waiting = ids
+            waiting, progress = ids, ProgressLine("generating", "prompts")
             while waiting:
                 self._step()
                 waiting = [i for i in waiting if self._news[i] is None or not self._news[i].finished]
+                if use_tqdm:
+                    progress(len(ids) - len(waiting), len(ids))
             return [self._news[i] for i in ids]
         finally:  # a bad prompt or an interrupt leaves nothing behind
             for request_id in ids:
@@ -76,13 +83,17 @@ class LLM:
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answers a conversation, or several. Further keywords go to `Tokenizer.apply_chat_template` (`tools`, ...)."""
         messages = _as_list(messages, "messages must be a list of messages (dicts), or a list of such lists")
         conversations = [messages] if not messages or isinstance(messages[0], dict) else messages
         tokenizer = self.get_tokenizer()
-        return self.generate([{"prompt_token_ids": tokenizer.apply_chat_template(m, **template)} for m in conversations], sampling_params)
+        return self.generate(
+            [{"prompt_token_ids": tokenizer.apply_chat_template(m, **template)} for m in conversations], sampling_params, use_tqdm=use_tqdm
+        )
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """Continues prompts by beam search; see `beam`. Raises RequestError."""

@@ -30,7 +30,7 @@ _CPU_CACHE_BYTES = 1 << 30  # of KV cache on the CPU, where memory is everybody'
 
 @dataclass
 class Loaded:
-    """What an engine is made of. Times in seconds."""
+    """What an engine is made of. Times in seconds. `exact`: a token's bits are the same in every shape of a step."""
 
     runner: Runner
     limits: SchedulerConfig
@@ -38,6 +38,7 @@ class Loaded:
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
     load_s: float
+    exact: bool
 
 
 def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None = None) -> Loaded:
@@ -56,7 +57,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     rules = fit_to_model(ShardingRules(), model_config, mesh)
     model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan)
 
-    page_size = config.page_size or (16 if on_cpu else 64)
+    page_size = config.page_size or (8 if on_cpu else 64)
     a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype)
     max_model_len = _max_model_len(config, model_config)
     num_pages = _num_pages(config, mesh, a_page, page_size, max_model_len)
@@ -90,9 +91,10 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         max_logprobs=config.max_logprobs,
         processors=processors,
         cache_dir=_programs_dir(config.compilation_cache_dir),
+        bundle=config.bundle,
     )
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
-    return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start)
+    return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start, on_cpu and dtype == jnp.float32)
 
 
 def _programs_dir(folder: str | None) -> Path | None:

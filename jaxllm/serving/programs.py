@@ -32,6 +32,7 @@ from jaxllm.sharding import ShardingRules
 
 _ATTEND = ("page_table", "kv_lens", "query_starts", "counts")
 _HEAD = tuple(sorted({*SamplingArrays._fields, "slots", "num_prompt", "features", "processor", "presence", "frequency", "repetition"}))
+NO_TOKEN = -1  # is drawn where the logits have a NaN or +inf, or nothing but -inf
 PROMPT_BLOCK = 64  # rows whose prompt logprobs are computed at a time
 
 
@@ -72,7 +73,7 @@ class _Programs:
         self.num_logprobs = min(max_logprobs, model.config.vocab_size)
         self._dtype, self._cache = dtype, cache
         self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules)
-        self._abstract_state = _abstract((state.kv_pages, state.slots))
+        self.abstract_state = _abstract((state.kv_pages, state.slots))
         self._processors = tuple(processors)
 
     def _buffer(self, layout: BatchLayout) -> jax.ShapeDtypeStruct:
@@ -94,6 +95,7 @@ class _Programs:
         raw = decoder.logits(hidden)
         logits = process_logits(raw, batch, slots, self._processors)
         tokens = sample(logits, SamplingArrays(*(batch[name] for name in SamplingArrays._fields)))
+        tokens = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, NO_TOKEN)
         k = self.num_logprobs
         asked = jnp.any(batch["features"] & LOGPROBS > 0)
         logprobs = jax.lax.cond(asked, lambda: token_logprobs(raw, tokens, k), lambda: no_logprobs(len(raw), k))
@@ -121,10 +123,10 @@ class _Programs:
             decoder = self._decoder(weights)
             return token_logprobs(decoder.logits(self._normed(decoder, hidden)), tokens, self.num_logprobs)
 
-        return self._compile("prompt logprobs", logprobs, (_abstract(self._weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK)))
+        return self._compile("prompt logprobs", logprobs, (_abstract(self.weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK)))
 
     def prompt_logprobs(self, program, hidden: jax.Array, tokens: jax.Array) -> TokenLogprobs:
-        return program(self._weights, hidden, tokens)
+        return program(self.weights, hidden, tokens)
 
     def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
         return self._shape(tokens, self.config.hidden_size, dtype=self._dtype)
@@ -139,16 +141,16 @@ class WholeStep(_Programs):
     def __init__(self, model: Model, state: DeviceState, **options: Any):
         super().__init__(model, state, **options)
         self._graph = model.graph
-        self._weights, self._tree = jax.tree.flatten(model.params)
+        self.weights, self._tree = jax.tree.flatten(model.params)
 
     def compile(self, bucket: Bucket, layout: BatchLayout):
-        arguments = (_abstract(self._weights), *self._abstract_state, self._buffer(layout))
+        arguments = (_abstract(self.weights), *self.abstract_state, self._buffer(layout))
         shardings = (self.whole, self.pages_sharding, self.whole, self.whole)
         return self._compile(f"step {bucket}", partial(self._step, layout, bucket.decode), arguments, donate=(1, 2), shardings=shardings)
 
     def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
         """Starts a step: what it draws, and its hidden states [T, D]."""
-        drawn, state.kv_pages, state.slots, hidden = program(self._weights, state.kv_pages, state.slots, buffer)
+        drawn, state.kv_pages, state.slots, hidden = program(self.weights, state.kv_pages, state.slots, buffer)
         return drawn, hidden
 
     def _step(self, layout: BatchLayout, decode_only: bool, weights, kv_pages, slots, buffer):
@@ -177,13 +179,13 @@ class LayerByLayer(_Programs):
             self._layers.append((self.config.layers[i], graph, tree, leaves, number))
         decoder.layers = nnx.List([])
         self._graph, ends = nnx.split(decoder, graph=False)
-        self._weights, self._tree = jax.tree.flatten(ends)
+        self.weights, self._tree = jax.tree.flatten(ends)
         self._heads: dict[int, Future] = {}
         self._lock = threading.Lock()
 
     def compile(self, bucket: Bucket, layout: BatchLayout):
-        kv_pages, slots = self._abstract_state
-        weights = _abstract(self._weights)
+        kv_pages, slots = self.abstract_state
+        weights = _abstract(self.weights)
         first = self._compile(f"first {bucket}", partial(self._first, layout), (weights, slots.last_tokens, self._buffer(layout)))
         x, ropes, batch = jax.tree.map(lambda x: self._shape(*x.shape, dtype=x.dtype), first.out_info)
         attend, head = ({name: batch[name] for name in names} for names in (_ATTEND, _HEAD))
@@ -201,12 +203,12 @@ class LayerByLayer(_Programs):
     def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
         """Starts a step: what it draws, and its hidden states [T, D]."""
         first, layers, rows, head = program
-        x, ropes, batch = first(self._weights, state.slots.last_tokens, buffer)
+        x, ropes, batch = first(self.weights, state.slots.last_tokens, buffer)
         attend = {name: batch[name] for name in _ATTEND}
         for kind, _, _, weights, number in self._layers:
             x, state.kv_pages = layers[kind](weights, x, state.kv_pages, ropes, attend, number)
         last = rows(x, batch["query_starts"])
-        drawn, state.slots = head(self._weights, last, {name: batch[name] for name in _HEAD}, state.slots)
+        drawn, state.slots = head(self.weights, last, {name: batch[name] for name in _HEAD}, state.slots)
         return drawn, x
 
     def _head(self, sequences: int, batch):
@@ -215,7 +217,7 @@ class LayerByLayer(_Programs):
             mine = sequences not in self._heads
             future = self._heads.setdefault(sequences, Future())
         if mine:
-            arguments = (_abstract(self._weights), self._hidden(sequences), batch, self._abstract_state[1])
+            arguments = (_abstract(self.weights), self._hidden(sequences), batch, self.abstract_state[1])
             try:
                 future.set_result(self._compile(f"head {sequences}", self._last, arguments, donate=(3,)))
             except BaseException as error:

@@ -1,13 +1,14 @@
-"""How far compiling has come, for whoever looks at a terminal."""
+"""How far a long job has come, for whoever looks at a terminal."""
 
 import sys
 import time
 
 
-class CompileProgress:
+class ProgressLine:
     """`progress(done, of)`: a line on standard error that is written over, if that is a terminal and it takes more than a second."""
 
-    def __init__(self):
+    def __init__(self, doing: str, what: str):
+        self._doing, self._what = doing, what
         self._start, self._shown = time.monotonic(), False
 
     def __call__(self, done: int, of: int) -> None:
@@ -17,5 +18,5 @@ class CompileProgress:
         self._shown = True
         bar = "#" * (30 * done // of)
         end = "\n" if done == of else ""
-        sys.stderr.write(f"\rcompiling [{bar:<30}] {done}/{of} programs, {elapsed:.0f} s{end}")
+        sys.stderr.write(f"\r{self._doing} [{bar:<30}] {done}/{of} {self._what}, {elapsed:.0f} s{end}")
         sys.stderr.flush()

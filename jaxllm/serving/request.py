@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from jaxllm.serving.beam import BeamSearch
     from jaxllm.serving.output import TextStream
 
-FinishReason = Literal["stop", "length", "abort"]
+# error: the model, or a logits processor, gave logits that nothing can be drawn from; stop_reason says so.
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the stop token or stop string that ended it
+    stop_reason: int | str | None = None  # the stop token or stop string that ended it, or what went wrong
     cumulative_logprob: float | None = None
     logprobs: "list[dict[int, Logprob]] | None" = None  # for each token: its own, and those of the likeliest
 

@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from jaxllm.serving.programs import PROMPT_BLOCK, DeviceState, LayerByLayer, Who
 from jaxllm.serving.request import Completion
 from jaxllm.serving.scheduler import ScheduledSequence, SchedulerConfig, StepPlan
 from jaxllm.serving.slot_state import SlotWriter, features, make_slots, needs_slot
+from jaxllm.serving.warm_up import WarmUp
 from jaxllm.sharding import ShardingRules
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class Runner:
         max_logprobs: int = 20,
         processors: Mapping[str, LogitsProcessor] | None = None,
         cache_dir: Path | None = None,
+        bundle: str | None = None,
     ):
         self.model, self.limits, self.mesh, self.rules, self.num_pages = model, limits, mesh, rules, num_pages
         self.max_pages = -(-limits.max_model_len // limits.page_size)
@@ -93,7 +94,7 @@ class Runner:
         self.processors = dict(processors or {})
         check_processors(self.processors, model.config.vocab_size, limits.max_model_len)
         self._processor_numbers = {name: i for i, name in enumerate(self.processors, 1)} | {None: 0}
-        self.stats = RunnerStats()
+        self.stats, self.dtype = RunnerStats(), np.dtype(dtype)
         self._layouts = {b: step_layout(b, self.max_pages) for b in self.buckets}
         self._whole = NamedSharding(mesh, PartitionSpec())
         self.state = DeviceState(
@@ -103,7 +104,8 @@ class Runner:
         way = WholeStep if model.scanned else LayerByLayer
         made_from = (model.config, limits, num_pages, dtype, rules, one_row, max_logprobs, model.scanned)
         # What a caller's own functions do is not to be known by name.
-        cache = None if cache_dir is None or self.processors else ExecutableCache(cache_dir, mesh, made_from)
+        kept = (cache_dir is not None or bundle is not None) and not self.processors
+        self.cache = ExecutableCache(cache_dir, mesh, made_from, bundle=bundle) if kept else None
         self.programs = way(
             model,
             self.state,
@@ -113,31 +115,46 @@ class Runner:
             dtype=dtype,
             max_logprobs=max_logprobs,
             processors=tuple(self.processors.values()),
-            cache=cache,
+            cache=self.cache,
         )
         self._slots = SlotWriter(self.state.slots, model.config.vocab_size, mesh)
         self._copies = CopyPages(self.state.kv_pages, num_pages=num_pages, most=limits.max_num_seqs, mesh=mesh)
-        self._programs: dict[Bucket | str | int, Any] = {}
+        self._programs: dict[Bucket | str | int, Any] = {}  # those that `_warm_up` has not made
+        self._warm_up: WarmUp | None = None
         self._warm = False
 
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program there is, telling `progress(done, of)`. A compile after this is counted in `compiles_after_warmup`."""
-        blocks = {bucket.tokens for bucket in self.buckets}
-        every = [*reversed(self.buckets), *blocks, _COPY, _WRITE_SLOT, _PROMPT_LOGPROBS]  # those that take longest first
-        todo = [b for b in every if b not in self._programs]
+    def warm_up(self, progress: Callable[[int, int], None] | None = None, *, background: bool = False) -> None:
+        """Compiles every program there is, telling `progress(done, of)`; a compile of any other after this is counted in
+        `compiles_after_warmup`.
+
+        `background`: returns when there are those that any step can run with, in a larger shape than its own if need be; the
+        rest are compiled meanwhile (`finish_warm_up` waits for them).
+        """
+        decode, mixed = ([b for b in self.buckets if b.decode == kind] for kind in (True, False))
+        enough = list(dict.fromkeys([mixed[-1], decode[0], decode[-1]]))  # these, in this order, keep all threads busy
+        small = [_WRITE_SLOT, _COPY, _PROMPT_LOGPROBS, *sorted({bucket.tokens for bucket in self.buckets})]
+        # Where all are waited for, those that take longest come first; behind a server's back, those that are missed most.
+        rest = self.buckets if background else self.buckets[::-1]
+        every = [*enough, *([*small, *rest] if background else [*rest, *small])]
         start = time.perf_counter()
         # Tracing takes turns, compiling runs side by side; each takes memory, so no more of them than there are processors.
-        with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-            futures = {pool.submit(self._compile, key): key for key in todo}
-            for done, future in enumerate(as_completed(futures), 1):
-                self._programs[futures[future]] = future.result()
-                if progress is not None:
-                    progress(done, len(todo))
+        self._warm_up = WarmUp(list(dict.fromkeys(every)), self._compile, os.cpu_count() or 2)
+        self._warm_up.wait(enough if background else None, progress)
         self.stats.compile_s += time.perf_counter() - start
         self._warm = True
 
+    def finish_warm_up(self) -> None:
+        """Waits for the programs that a warm-up in the background is still compiling."""
+        if self._warm_up is not None:
+            self._warm_up.wait()
+
+    def close(self) -> None:
+        """Ends a warm-up that still goes on."""
+        if self._warm_up is not None:
+            self._warm_up.close()
+
     def prepare(self, plan: StepPlan, completions: dict[int, Completion]) -> Prepared:
-        bucket = pick_bucket(self.buckets, plan.num_tokens, len(plan.scheduled), plan.num_decode == len(plan.scheduled))
+        bucket = pick_bucket(self._ready_buckets(), plan.num_tokens, len(plan.scheduled), plan.num_decode == len(plan.scheduled))
         chosen = [completions[s.sequence.id] for s in plan.scheduled]
         return Prepared(
             bucket,
@@ -164,7 +181,13 @@ class Runner:
             prompts.append((rows, self.programs.prompt_logprobs(self._program(_PROMPT_LOGPROBS), block, tokens)))
         return Launched(drawn.tokens, drawn.logprobs if step.logprobs else None, prompts)
 
+    def _ready_buckets(self) -> list[Bucket]:
+        """Those whose programs are there; all of them where none was compiled ahead."""
+        return [b for b in self.buckets if self._warm_up.ready(b)] if self._warm else self.buckets
+
     def _program(self, key: Bucket | str | int) -> Any:
+        if self._warm_up is not None and (program := self._warm_up.get(key)) is not None:
+            return program
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = self._compile(key)

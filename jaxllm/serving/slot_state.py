@@ -36,22 +36,26 @@ class SlotState(NamedTuple):
     bad_words: Int[Array, "S W N"]  # tokens, the last of each word at the end, -1 before its first
 
 
-def make_slots(num_slots: int, max_model_len: int, vocab_size: int, mesh: Mesh) -> SlotState:
+def abstract_slots(num_slots: int, max_model_len: int, vocab_size: int, mesh: Mesh) -> SlotState:
+    """Their shapes and types, all whole on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
-    zeros = lambda *shape, dtype=jnp.int32: jnp.zeros((num_slots, *shape), dtype)
+    table = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((num_slots, *shape), dtype, sharding=whole)
+    return SlotState(
+        last_tokens=table(),
+        history=table(max_model_len),
+        bias_ids=table(MAX_BIASED),
+        bias_values=table(MAX_BIASED, dtype=jnp.float32),
+        bias_until=table(MAX_BIASED),
+        allowed=table(-(-vocab_size // 32), dtype=jnp.uint32),
+        bad_words=table(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
+    )
 
-    def make():
-        return SlotState(
-            last_tokens=zeros(),
-            history=zeros(max_model_len),
-            bias_ids=zeros(MAX_BIASED),
-            bias_values=zeros(MAX_BIASED, dtype=jnp.float32),
-            bias_until=zeros(MAX_BIASED),
-            allowed=zeros(-(-vocab_size // 32), dtype=jnp.uint32),
-            bad_words=zeros(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
-        )
 
-    return jax.jit(make, out_shardings=whole)()
+def make_slots(num_slots: int, max_model_len: int, vocab_size: int, mesh: Mesh) -> SlotState:
+    """Zeros."""
+    tables = abstract_slots(num_slots, max_model_len, vocab_size, mesh)
+    make = lambda: jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), tables)
+    return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
 
 def features(completion: Completion) -> int:

@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention.tpu import ragged_paged_attention_tpu, tile_rows
 from pallas_kernels.ragged_paged_attention.xla import ragged_paged_attention_xla
 
 Implementation = Literal["xla", "tpu", "gpu"]
@@ -46,7 +47,7 @@ def ragged_paged_attention(
       softcap: scores become softcap * tanh(score / softcap).
       sinks: [Hq], a logit for each head that takes part in the softmax and has no value (attention sinks).
       decode_only: no sequence has more than one new token (counts[0] == counts[1]): the program is half the size.
-      implementation: None picks one by platform.
+      implementation: None picks one by JAX's default platform and what it can do: `xla` runs everywhere, `tpu` are Mosaic kernels.
 
     Returns:
       (out [T, Hq, D], kv_pages). Rows of `out` past the last token are unspecified but finite.
@@ -70,9 +71,22 @@ def ragged_paged_attention(
             raise ValueError(f"{name} must be int32, not {array.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
-    if implementation not in (None, "xla"):
+    if implementation is None:
+        implementation = best_implementation(jax.default_backend(), kv_pages.shape[3], head_dim, kv_pages.dtype)
+    if implementation not in _IMPLEMENTATIONS:
         raise NotImplementedError(
-            f"implementation={implementation!r} of ragged_paged_attention is not written yet; 'xla' runs on every platform"
+            f"implementation={implementation!r} of ragged_paged_attention is not written; there are {', '.join(_IMPLEMENTATIONS)}, "
+            "and 'xla' runs on every platform"
         )
     options = dict(scale=scale, window=window, softcap=softcap, sinks=sinks, decode_only=decode_only)
-    return ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, **options)
+    return _IMPLEMENTATIONS[implementation](q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, **options)
+
+
+_IMPLEMENTATIONS = {"xla": ragged_paged_attention_xla, "tpu": ragged_paged_attention_tpu}
+
+
+def best_implementation(platform: str, page_size: int, head_dim: int, kv_dtype) -> Implementation:
+    """The quickest that can do it on a platform."""
+    if platform == "tpu" and page_size % tile_rows(kv_dtype) == 0 and head_dim % 128 == 0:
+        return "tpu"
+    return "xla"

@@ -86,9 +86,7 @@ GENERATIONS = [
         repetition_penalty=1.1,
     ),
 ]
-FILTERS = [
-    dict(temperature=1.0, typical_p=p) for p in (0.05, 0.2, 0.5, 0.8, 0.95, 0.999)
-] + [
+FILTERS = [dict(temperature=1.0, typical_p=p) for p in (0.05, 0.2, 0.5, 0.8, 0.95, 0.999)] + [
     dict(temperature=0.5, typical_p=0.6),
     dict(temperature=2.0, typical_p=0.6),
     dict(temperature=1.0, min_p=0.05, typical_p=0.7),

@@ -90,7 +90,7 @@ def test_a_row_is_bitwise_the_same_whoever_shares_the_batch():
         ({"kv_lens": np.zeros(3, np.int32)}, "do not agree"),
         ({"page_table": np.zeros((SEQUENCES, COLUMNS), np.int16)}, "must be int32"),
         ({"window": 0}, "window"),
-        ({"implementation": "tpu"}, "not written yet"),
+        ({"implementation": "gpu"}, "is not written; there are xla, tpu"),
     ],
 )
 def test_bad_arguments(change, message):

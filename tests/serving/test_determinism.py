@@ -28,7 +28,15 @@ CONFIG = dict(
     tie_word_embeddings=True,
     eos_token_id=0,
 )
-OPTIONS = dict(dtype="float32", max_num_seqs=8, max_num_batched_tokens=64, page_size=16, max_model_len=256, skip_tokenizer_init=True)
+OPTIONS = dict(
+    dtype="float32",
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    page_size=16,
+    max_model_len=256,
+    skip_tokenizer_init=True,
+    warmup_in_background=False,  # each step in the shape that is its own
+)
 RNG = np.random.default_rng(0)
 PROMPT = RNG.integers(1, CONFIG["vocab_size"], 41).tolist()
 OTHERS = [RNG.integers(1, CONFIG["vocab_size"], n).tolist() for n in (3, 17, 90, 33, 64, 21, 50)]

@@ -30,6 +30,8 @@ PROCESSORS = {
     "next": lambda logits, tokens, count: jnp.roll(logits, 1),
     "count": lambda logits, tokens, count: only(lambda i: i)(logits, count),
     "climb": lambda logits, tokens, count: only(lambda i: i)(logits, (tokens[count - 1] + tokens[0]) % len(logits)),
+    "none": lambda logits, tokens, count: jnp.where(count > 12, -jnp.inf, logits),
+    "nan": lambda logits, tokens, count: logits.at[7].set(jnp.nan),
 }
 
 
@@ -214,6 +216,23 @@ def test_logits_processors(llm):
     assert [o.outputs[0].token_ids for o in sampled] == [list(range(n, n + 12)) for n in (5, 21, 40)]
     with pytest.raises(RequestError, match="logits_processor: unknown processor `counts`; did you mean `count`"):
         llm.generate(prompts()[0], params.replace(logits_processor="counts"))
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 3, "temperature": 1.0}, {"logprobs": 2, "top_k": 5, "temperature": 0.5}], ids=str)
+def test_logits_that_nothing_can_be_drawn_from_are_an_error(llm, options):
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 20, "ignore_eos": True, **options})
+    plain = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    alone = llm.generate(prompts()[1], plain)[0].outputs[0]
+    prompt = {"prompt_token_ids": list(range(10, 20))}
+    each = [params.replace(logits_processor="nan"), plain, params.replace(logits_processor="none")]
+    nan, beside, none = llm.generate([prompt, prompts()[1], prompt], each)
+    assert beside.outputs[0] == alone  # others do not notice
+    for output, length in ((nan, 0), (none, 3)):
+        assert output.finished
+        for completion in output.outputs:
+            assert completion.finish_reason == "error" and "NaN" in completion.stop_reason
+            assert completion.index or len(completion.token_ids) == length  # the others end where the first does
+            assert all(token >= 0 for token in completion.token_ids)
 
 
 def test_logits_processors_come_back_from_preemption(llm):

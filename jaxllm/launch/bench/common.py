@@ -49,7 +49,7 @@ class BenchCommand(Command):
 
 
 def make_llm(config: BenchCommand) -> tuple[LLM, float]:
-    """An engine with every program compiled, and the seconds that it took."""
+    """An engine with every program compiled, and the seconds until it was ready (`EngineConfig.warmup_in_background`)."""
     start = time.perf_counter()
     from jaxllm import LLM
 
@@ -66,6 +66,7 @@ def make_llm(config: BenchCommand) -> tuple[LLM, float]:
     )
     startup = time.perf_counter() - start
     print(f"ready after {startup:.1f} s", file=sys.stderr)
+    llm.engine.runner.finish_warm_up()
     return llm, startup
 
 

@@ -102,6 +102,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     engine, startup = llm.engine, time.perf_counter() - start
     print(f"ready after {startup:.1f} s", file=sys.stderr)
+    engine.runner.finish_warm_up()
     requests = mixed_load(
         np.random.default_rng(config.seed),
         config.num_requests,

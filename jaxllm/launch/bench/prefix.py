@@ -86,6 +86,7 @@ def _measure(config: Config, *, enable_prefix_caching: bool) -> tuple[dict[str, 
         skip_tokenizer_init=True,
         enable_prefix_caching=enable_prefix_caching,
     )
+    llm.engine.runner.finish_warm_up()
     rng = np.random.default_rng(0)
     low, high = (100, 40_000) if llm.engine.vocab_size > 40_000 else (0, llm.engine.vocab_size)
     params = SamplingParams(temperature=0, max_tokens=config.output_len, ignore_eos=True)

@@ -12,7 +12,8 @@ from jaxllm.launch.command import Command
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Command):
-    """Seconds from this process's first import of JAX until every program is compiled, with what compiling took.
+    """Seconds from this process's first import of JAX until requests can be served, and until every program is compiled, which
+    may go on in the background (`EngineConfig.warmup_in_background`).
 
     With --cold, nothing that was compiled before is used.
 
@@ -46,6 +47,10 @@ def run(config: Config) -> dict[str, Any]:
             compilation_cache_dir=empty if config.cold else None,
         )
         startup = time.perf_counter() - start
-    compiles = llm.engine.runner.stats.compiles
-    print(f"ready after {startup:.2f} s: {llm.timings['compile_s']:.2f} s for {compiles} shapes, {llm.timings['load_s']:.2f} s of loading")
-    return {"startup_s": startup, **llm.timings, "compiles": compiles, "cold": config.cold, "model": config.model}
+        runner = llm.engine.runner
+        runner.finish_warm_up()
+        everything = time.perf_counter() - start
+    times = f"{llm.timings['compile_s']:.2f} s of compiling, {llm.timings['load_s']:.2f} s of loading"
+    print(f"ready after {startup:.2f} s ({times}), all {runner.stats.compiles} programs there after {everything:.2f} s")
+    result = {"startup_s": startup, **llm.timings, "all_programs_s": everything, "compiles": runner.stats.compiles}
+    return result | {"cold": config.cold, "model": config.model}

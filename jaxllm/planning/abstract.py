@@ -1,0 +1,56 @@
+"""The engine's programs from shapes alone: no weights, no devices."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxllm.checkpoints.load import Model, abstract_decoder
+from jaxllm.models import ModelConfig
+from jaxllm.serving.kv_cache import num_cache_heads
+from jaxllm.serving.programs import DeviceState, WholeStep
+from jaxllm.serving.slot_state import abstract_slots
+from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh, named_sharding
+
+
+def abstract_model(config: ModelConfig, mesh: Mesh, rules: ShardingRules, dtype) -> Model:
+    """A model whose parameters are shapes with places on the mesh."""
+    graph, state = abstract_decoder(config, scan_layers=True, dtype=dtype)
+    flat = {}
+    for path, variable in nnx.to_flat_state(state):
+        axes = ("layers", *variable.logical_axes) if path[0] == "blocks" else variable.logical_axes
+        sharding = named_sharding(mesh, rules, axes)
+        flat[path] = variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding))
+    return Model(config, graph, nnx.from_flat_state(flat.items()), scanned=True)
+
+
+def abstract_engine(
+    config: ModelConfig,
+    devices: Sequence[Any],
+    *,
+    tensor: int,
+    dtype=jnp.bfloat16,
+    num_pages: int,
+    page_size: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    max_logprobs: int = 20,
+) -> WholeStep:
+    """What compiles the steps of an engine on such devices. `num_pages`: the one that padding points at included."""
+    mesh = make_mesh(list(devices), tensor=tensor)
+    rules = fit_to_model(ShardingRules(), config, mesh)
+    heads = num_cache_heads(config, rules, mesh)
+    shape = (config.num_layers * num_pages, 2, heads, page_size, config.head_dim)
+    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(None, None, rules.heads)))
+    state = DeviceState(pages, abstract_slots(max_num_seqs, max_model_len, config.vocab_size, mesh))
+    model = abstract_model(config, mesh, rules, dtype)
+    return WholeStep(model, state, num_pages=num_pages, mesh=mesh, rules=rules, dtype=dtype, max_logprobs=max_logprobs)
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Of all the leaves, each split as its sharding says."""
+    return sum(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))

@@ -1,0 +1,80 @@
+"""Chips by name: what their makers publish, and their compilers' names for them."""
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Of one device as JAX counts them (on v7x two a chip): bytes, bytes a second, bfloat16 operations a second, published peaks.
+
+    `shape` is how many numbers its topologies have ("2x2": 2), and `usual` are some of them.
+    """
+
+    name: str
+    compiler_name: str
+    memory_bytes: int
+    bandwidth: float
+    flops: float
+    shape: int
+    usual: tuple[str, ...]
+
+
+# Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x".
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "v4", 32 * 2**30, 1228e9, 275e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
+        Chip("v5e", "v5e", 16 * 2**30, 819e9, 197e12, 2, ("1x1", "2x2", "2x4", "4x4")),
+        Chip("v5p", "v5p", 95 * 2**30, 2765e9, 459e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
+        Chip("v6e", "v6e", 32 * 2**30, 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4")),
+        Chip("v7x", "tpu7x", 96 * 2**30, 3690e9, 1153.5e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices that are not here, for a compiler that is."""
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+
+
+def find_topology(name: str) -> Topology:
+    """`v6e:2x2` and the like. Raises ConfigError if there is no such chip, or nothing that compiles for it."""
+    chip_name, _, shape = name.partition(":")
+    if chip_name not in CHIPS:
+        near = difflib.get_close_matches(chip_name, CHIPS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"topology {name!r}: no chip {chip_name!r} is known, but {', '.join(CHIPS)} are{hint}")
+    chip = CHIPS[chip_name]
+    if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != chip.shape:
+        raise ConfigError(f"topology {name!r} must have a shape of {chip.shape} numbers, like {chip.name}:{chip.usual[1]}")
+    # libtpu asks the machine which TPU it is on unless it is told, and waits for an answer.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened: other processes may do the same
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(f"{chip.compiler_name}:{shape}", "tpu", **_hosts(chip, shape))
+    except ModuleNotFoundError as error:
+        raise ConfigError("compiling for TPUs needs libtpu: pip install 'jaxllm[plan]'") from error
+    except Exception as error:  # JAX raises whatever the plugin says
+        if "libtpu" in str(error).lower() and "find" in str(error).lower():
+            raise ConfigError(f"compiling for TPUs needs libtpu (pip install 'jaxllm[plan]'): {error}") from error
+        raise ConfigError(f"topology {name!r} is none that the compiler knows; usual ones: {', '.join(chip.usual)} ({error})") from error
+    return Topology(name, chip, tuple(description.devices))
+
+
+def _hosts(chip: Chip, shape: str) -> dict[str, Any]:
+    """A single chip is less than the four that a host has by default."""
+    return {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1} if shape == "1x1" else {}

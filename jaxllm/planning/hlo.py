@@ -1,0 +1,208 @@
+"""What a compiled program says of itself, read from its text: `cost_analysis` counts loops once, and vector memory as if it were HBM.
+
+Loops are counted as often as they run. Of a conditional the cheapest branch is: in the engine's steps, that of a batch of greedy
+requests that ask for nothing else.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.M)
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_ESTIMATE = re.compile(r'cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and size in a run of a program: how many, and the bytes of their results on a device."""
+
+    kind: str
+    count: int
+    bytes: int
+
+
+@dataclass
+class Cost:
+    """Of a run on one device: bytes between HBM and the chip, operations of kernels of our own, and collectives (kind, bytes) -> count."""
+
+    hbm_bytes: float = 0
+    kernel_flops: float = 0
+    collectives: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        self.hbm_bytes += times * other.hbm_bytes
+        self.kernel_flops += times * other.kernel_flops
+        for key, count in other.collectives.items():
+            self.collectives[key] += times * count
+
+    def list_collectives(self) -> list[Collective]:
+        return [Collective(kind, count, count * size) for (kind, size), count in sorted(self.collectives.items())]
+
+
+@dataclass(frozen=True)
+class _Op:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    line: str
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of its results in HBM; arrays in other memories say so in their layout."""
+        return sum(_size(kind, sizes) for kind, sizes, layout in _ARRAY.findall(self.shape) if not re.search(r"S\([1-9]", layout or ""))
+
+    @cached_property
+    def any_bytes(self) -> int:
+        """Of its largest result, in whatever memory."""
+        return max((_size(kind, sizes) for kind, sizes, _ in _ARRAY.findall(self.shape)), default=0)
+
+    def called(self, key: str) -> str | None:
+        match = re.search(rf"{key}=%([\w.\-]+)", self.line)
+        return match[1] if match else None
+
+
+class Program:
+    """The computations of a program's text."""
+
+    def __init__(self, text: str):
+        self._ops: dict[str, dict[str, _Op]] = {}
+        self._entry = ""
+        headers = list(_COMPUTATION.finditer(text))
+        for header, following in zip(headers, [*headers[1:], None], strict=True):
+            body = text[header.end() : following.start() if following else len(text)]
+            ops = [op for op in map(_parse, body.splitlines()) if op]
+            self._ops[header[2]] = {op.name: op for op in ops}
+            if header[1]:
+                self._entry = header[2]
+
+    def cost(self) -> Cost:
+        return self._cost(self._entry)
+
+    def _cost(self, computation: str) -> Cost:
+        total, ops = Cost(), self._ops.get(computation, {})
+        for op in ops.values():
+            if op.opcode == "while":
+                total.add(self._cost(op.called("body")), self._trips(op))
+            elif op.opcode == "conditional":
+                branches = [self._cost(name) for name in self._branches(op)]
+                if branches:
+                    total.add(min(branches, key=lambda cost: cost.hbm_bytes))
+            elif op.opcode == "call":
+                total.add(self._cost(op.called("to_apply")))
+            elif op.opcode not in _FREE and not op.opcode.endswith("-done"):
+                self._one(op, ops, total)
+        return total
+
+    def _one(self, op: _Op, ops: dict[str, _Op], total: Cost) -> None:
+        kind = op.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            total.collectives[kind, op.any_bytes] += 1
+        estimate = _ESTIMATE.search(op.line)
+        if estimate:
+            total.kernel_flops += int(estimate[1])
+            total.hbm_bytes += int(estimate[2])
+        elif op.opcode == "fusion":
+            fused = op.called("calls")
+            total.hbm_bytes += sum(self._read(fused, i, ops[o].bytes) for i, o in enumerate(op.operands) if o in ops and ops[o].bytes)
+            total.hbm_bytes += self._written(fused, op.bytes)
+        elif op.opcode.endswith("-start") and kind not in _COLLECTIVES:  # (destination, source, ...): a copy, or a slice
+            arrays = [array for array in _ARRAY.findall(op.shape)][:2]
+            moved = min(_size(a[0], a[1]) for a in arrays) if len(arrays) == 2 else op.any_bytes
+            total.hbm_bytes += moved * sum(not re.search(r"S\([1-9]", a[2] or "") for a in arrays)
+        elif kind in ("dynamic-slice", "slice", "gather"):
+            total.hbm_bytes += op.bytes + (op.any_bytes if op.operands and op.operands[0] in ops and ops[op.operands[0]].bytes else 0)
+        elif kind == "dynamic-update-slice":
+            total.hbm_bytes += 2 * ops[op.operands[1]].any_bytes if op.bytes else 0
+        else:
+            total.hbm_bytes += op.bytes + sum(ops[o].bytes for o in op.operands if o in ops)
+
+    def _read(self, computation: str | None, index: int, whole: int) -> int:
+        """Bytes of its operand `index` that a fused computation reads: where it only takes slices, those."""
+        ops = self._ops.get(computation or "", {})
+        name = next((op.name for op in ops.values() if op.opcode == "parameter" and f"parameter({index})" in op.line), None)
+        return whole if name is None else min(whole, self._uses(ops, name, whole))
+
+    def _uses(self, ops: dict[str, _Op], name: str, whole: int) -> int:
+        read = 0
+        for op in ops.values():
+            if name not in op.operands:
+                continue
+            if op.opcode == "bitcast" and "ROOT " not in op.line:
+                read += self._uses(ops, op.name, whole)
+            elif op.opcode in ("dynamic-slice", "slice", "gather") and op.operands[0] == name:
+                read += op.any_bytes
+            elif op.opcode == "dynamic-update-slice" and op.operands[0] == name:
+                continue  # written in place
+            elif op.opcode == "fusion":
+                read += sum(self._read(op.called("calls"), i, whole) for i, o in enumerate(op.operands) if o == name)
+            else:
+                return whole
+        return read
+
+    def _written(self, computation: str | None, whole: int) -> int:
+        """Bytes that a fusion writes: where it updates a slice of an operand in place, that slice."""
+        ops = self._ops.get(computation or "", {})
+        root = next((op for op in ops.values() if "ROOT " in op.line), None)
+        if root is not None and root.opcode == "dynamic-update-slice" and root.operands[1] in ops:
+            return min(whole, ops[root.operands[1]].any_bytes)
+        return whole
+
+    def _trips(self, op: _Op) -> int:
+        """What the loop's counter is compared with: our loops count up from 0 by 1."""
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.line):
+            return int(match[1])
+        condition = self._ops.get(op.called("condition") or "", {})
+        constants = [int(m[1]) for o in condition.values() if (m := re.search(r" constant\((\d+)\)", o.line))]
+        return max(constants, default=1)
+
+    def _branches(self, op: _Op) -> list[str]:
+        if match := re.search(r"branch_computations=\{([^}]*)\}", op.line):
+            return _NAME.findall(match[1])
+        return [name for key in ("true_computation", "false_computation") if (name := op.called(key))]
+
+
+def _parse(line: str) -> _Op | None:
+    head, equals, rest = line.strip().partition(" = ")
+    if not equals or not rest:
+        return None
+    end = _balanced(rest, 0) if rest[0] == "(" else rest.find(" ")
+    opcode, opened, _ = rest[end:].strip().partition("(")
+    if not opened:
+        return None
+    start = rest.index(opcode + "(", end) + len(opcode)
+    operands = _NAME.findall(rest[start : _balanced(rest, start)])
+    return _Op(head.removeprefix("ROOT ").lstrip("%"), rest[:end], opcode, tuple(operands), line)
+
+
+def _balanced(text: str, start: int) -> int:
+    """Past the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _size(kind: str, sizes: str) -> int:
+    return _BITS.get(kind, 0) * prod(int(n) for n in sizes.split(",") if n) // 8
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Bytes on a device: arguments, results that are not written over arguments, temporaries, code."""
+    m = compiled.memory_analysis()
+    return {
+        "arguments": m.argument_size_in_bytes,
+        "results": m.output_size_in_bytes - m.alias_size_in_bytes,
+        "temporaries": m.temp_size_in_bytes,
+        "code": m.generated_code_size_in_bytes,
+    }

@@ -1,0 +1,112 @@
+"""What is read out of compiled programs, from programs of which it is known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxllm.planning.hlo import Collective, Program, memory
+from jaxllm.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Ten turns of a product whose sum is over four devices, and one such product after them."""
+    mesh = make_mesh(tensor=4)
+    split = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=split(None, "tensor"))
+    w = jax.ShapeDtypeStruct((10, 64, 64), jnp.float32, sharding=split(None, "tensor"))
+
+    def f(x, w):
+        turn = lambda x, w: (jax.lax.with_sharding_constraint(jnp.tanh(x @ w), split(None, "tensor")), None)
+        x, _ = jax.lax.scan(turn, x, w)
+        return x @ w[0]
+
+    return jax.jit(f, out_shardings=split()).lower(x, w).compile()
+
+
+def test_loops_are_counted_as_often_as_they_run(compiled):
+    cost = Program(compiled.as_text()).cost()
+    assert cost.list_collectives() == [Collective("all-reduce", 11, 11 * 8 * 64 * 4)]
+    weights = 11 * 64 * 64 * 4 // 4  # a quarter of each turn's, read once
+    assert weights < cost.hbm_bytes < 6 * weights  # the CPU's program also copies each slice, and turns it round
+
+
+def test_memory_is_of_one_device(compiled):
+    held = memory(compiled)
+    assert held["arguments"] == (8 * 64 + 10 * 64 * 64) * 4 // 4 and held["results"] == 8 * 64 * 4
+
+
+# As the TPU's compiler writes it: S(1) is vector memory, a fusion takes a slice of its operand, a kernel brings its own estimate.
+TEXT = """HloModule step, is_scheduled=true
+
+%fused_slice (p0: bf16[32,64,128], p1: s32[]) -> bf16[1,64,128] {
+  %p0 = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+}
+
+%whole (q0: bf16[64,128]) -> bf16[64,128] {
+  %q0 = bf16[64,128]{1,0} parameter(0)
+  ROOT %view = bf16[64,128]{1,0} bitcast(%q0)
+}
+
+%update (u0: f32[100,8], u1: f32[1,8], u2: s32[]) -> f32[100,8] {
+  %u0 = f32[100,8]{1,0} parameter(0)
+  %u1 = f32[1,8]{1,0} parameter(1)
+  %u2 = s32[] parameter(2)
+  ROOT %updated = f32[100,8]{1,0} dynamic-update-slice(%u0, %u1, %u2, %u2)
+}
+
+%body (arg: (s32[], bf16[32,64,128])) -> (s32[], bf16[32,64,128]) {
+  %arg = (s32[]{:T(128)}, bf16[32,64,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %w = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %taken = bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)} fusion(%w, %i), kind=kLoop, calls=%fused_slice
+  %kernel = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} custom-call(%taken), custom_call_target="tpu_custom_call", \
+backend_config={"cost_estimate":{"flops":"1000","transcendentals":"0","bytes_accessed":"500"}}
+  %sum = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-reduce(%kernel), channel_id=1, to_apply=%add
+  ROOT %out = (s32[]{:T(128)}, /*index=1*/bf16[32,64,128]{2,1,0:T(8,128)(2,1)}) tuple(%i, %w)
+}
+
+%condition (carg: (s32[], bf16[32,64,128])) -> pred[] {
+  %carg = (s32[], bf16[32,64,128]) parameter(0)
+  %ci = s32[] get-tuple-element(%carg), index=0
+  %n = s32[]{:T(128)} constant(32)
+  ROOT %less = pred[] compare(%ci, %n), direction=LT
+}
+
+%cheap (c: f32[100,8]) -> f32[100,8] {
+  ROOT %c = f32[100,8]{1,0} parameter(0)
+}
+
+%dear (d: f32[100,8]) -> f32[100,8] {
+  %d = f32[100,8]{1,0} parameter(0)
+  ROOT %copied = f32[100,8]{1,0} copy(%d)
+}
+
+ENTRY %main (a: s32[], b: bf16[32,64,128], t: f32[100,8], r: f32[1,8], h: bf16[64,128], p: pred[]) -> f32[100,8] {
+  %a = s32[]{:T(128)} parameter(0)
+  %b = bf16[32,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %t = f32[100,8]{1,0} parameter(2)
+  %r = f32[1,8]{1,0} parameter(3)
+  %h = bf16[64,128]{1,0} parameter(4)
+  %p = s32[] parameter(5)
+  %init = (s32[]{:T(128)}, bf16[32,64,128]{2,1,0:T(8,128)(2,1)}) tuple(%a, %b)
+  %loop = (s32[]{:T(128)}, bf16[32,64,128]{2,1,0:T(8,128)(2,1)}) while(%init), condition=%condition, body=%body
+  %written = f32[100,8]{1,0} fusion(%t, %r, %a), kind=kLoop, calls=%update
+  %fetch = (bf16[64,128]{1,0:S(1)}, bf16[64,128]{1,0}, u32[]{:S(2)}) copy-start(%h)
+  %fetched = bf16[64,128]{1,0:S(1)} copy-done(%fetch)
+  ROOT %chosen = f32[100,8]{1,0} conditional(%p, %written, %written), branch_computations={%dear, %cheap}
+}
+"""
+
+
+def test_bytes_between_hbm_and_the_chip():
+    cost = Program(TEXT).cost()
+    turn = 64 * 128 * 2 + 4 + 500  # the slice, the counter (a parameter in HBM), and what the kernel says
+    update = 2 * 8 * 4 + 4  # a row is read and one written
+    assert cost.hbm_bytes == 32 * turn + update + 64 * 128 * 2
+    assert cost.kernel_flops == 32 * 1000
+    assert cost.list_collectives() == [Collective("all-reduce", 32, 32 * 8 * 128 * 2)]
