@@ -25,14 +25,14 @@ class Chip:
     usual: tuple[str, ...]
 
 
-# Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x".
+# Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x"; of v5e's 16 and v6e's 32 GiB the runtime keeps a part.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", "v4", 32 * 2**30, 1228e9, 275e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
-        Chip("v5e", "v5e", 16 * 2**30, 819e9, 197e12, 2, ("1x1", "2x2", "2x4", "4x4")),
+        Chip("v5e", "v5e", int(15.75 * 2**30), 819e9, 197e12, 2, ("1x1", "2x2", "2x4", "4x4")),
         Chip("v5p", "v5p", 95 * 2**30, 2765e9, 459e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
-        Chip("v6e", "v6e", 32 * 2**30, 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4")),
+        Chip("v6e", "v6e", int(31.25 * 2**30), 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4")),
         Chip("v7x", "tpu7x", 96 * 2**30, 3690e9, 1153.5e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
     )
 }

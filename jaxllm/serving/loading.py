@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +49,14 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     path = resolve_model(config.model)
     source = open_checkpoint(path)
-    tokenizer = None
-    if not config.skip_tokenizer_init:
-        tokenizer = load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
     dtype = _dtype(config.dtype, source.config, on_cpu)
     scan = config.scan_layers if config.scan_layers is not None else not on_cpu
     model_config = config_from_hf(source.config)
     rules = fit_to_model(ShardingRules(), model_config, mesh)
-    model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan)
+    with ThreadPoolExecutor(1) as pool:
+        loading = None if config.skip_tokenizer_init else pool.submit(_tokenizer, config, path)  # while weights are read
+        model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan)
+        tokenizer = None if loading is None else loading.result()
 
     page_size = config.page_size or (8 if on_cpu else 64)
     a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype)
@@ -103,6 +104,10 @@ def _programs_dir(folder: str | None) -> Path | None:
     if folder == "" or jax.config.jax_compilation_cache_dir:
         return None
     return Path(folder) if folder else cache_dir() / "programs"
+
+
+def _tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
+    return load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
 
 
 def _tokenizer_path(path: Path) -> Path:

@@ -131,14 +131,14 @@ class Runner:
         rest are compiled meanwhile (`finish_warm_up` waits for them).
         """
         decode, mixed = ([b for b in self.buckets if b.decode == kind] for kind in (True, False))
-        enough = list(dict.fromkeys([mixed[-1], decode[0], decode[-1]]))  # these, in this order, keep all threads busy
+        enough = [mixed[-1], decode[-1]]
         small = [_WRITE_SLOT, _COPY, _PROMPT_LOGPROBS, *sorted({bucket.tokens for bucket in self.buckets})]
         # Where all are waited for, those that take longest come first; behind a server's back, those that are missed most.
         rest = self.buckets if background else self.buckets[::-1]
-        every = [*enough, *([*small, *rest] if background else [*rest, *small])]
+        every = list(dict.fromkeys([*enough, *([decode[0], *small, *rest] if background else [*rest, *small])]))
         start = time.perf_counter()
         # Tracing takes turns, compiling runs side by side; each takes memory, so no more of them than there are processors.
-        self._warm_up = WarmUp(list(dict.fromkeys(every)), self._compile, os.cpu_count() or 2)
+        self._warm_up = WarmUp(every, self._compile, os.cpu_count() or 2)
         self._warm_up.wait(enough if background else None, progress)
         self.stats.compile_s += time.perf_counter() - start
         self._warm = True

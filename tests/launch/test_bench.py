@@ -30,8 +30,8 @@ def test_throughput(capfd):
     check_memory(result)
     assert result["compiles_after_warmup"] == 0
     assert result["output_tokens_per_s"] * result["seconds"] == pytest.approx(2 * 18, rel=0.1)  # both are rounded
-    # In each step a sequence has 15 to 32 tokens, in pages of 16.
-    empty = [-n % 16 for n in range(15, 33)]
+    # In each step a sequence has 15 to 32 tokens, in pages of 8.
+    empty = [-n % 8 for n in range(15, 33)]
     assert result["kv_waste"] == pytest.approx(sum(empty) / (sum(range(15, 33)) + sum(empty)), abs=1e-3)
 
 

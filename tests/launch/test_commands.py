@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jaxllm.config import parse
-from jaxllm.launch import chat, doctor, generate
+from jaxllm.launch import chat, doctor, generate, plan
 from jaxllm.launch.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -172,10 +172,19 @@ def test_secret_names_are_hidden(name):
     assert doctor.environment({"XLA_FLAGS": "--a", "PATH": "/bin"}) == {"XLA_FLAGS": "--a"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "serve").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_are_read(path):
     parse(chat.Config, ["--config", str(path)], prog="jaxllm chat")
     parse(generate.Config, ["--config", str(path), "--prompt", "x"], prog="jaxllm generate")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=lambda path: path.stem)
+def test_model_configurations_are_read(path):
+    """Their sizes are those of their names."""
+    c = plan.read_model_config(str(path))
+    layer = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_size * c.intermediate_size
+    parameters = c.num_layers * layer + c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
+    assert parameters == pytest.approx(float(path.stem.split("-")[-1].rstrip("b")) * 1e9, rel=0.06)
 
 
 def _written_commands() -> list[tuple[str, str]]:

@@ -42,7 +42,9 @@ def test_llama_3_8b_is_close_to_the_least_that_it_can_cost(topology, tensor):
 def test_what_does_not_fit_is_said_with_the_remedy():
     pytest.importorskip("libtpu")
     result = plan("--model", MODELS / "llama-3-8b.yaml", "--topology", "v5e:1x1", "--max-num-seqs", 8)
-    assert not result["fits"] and "split them over more chips" in result["remedy"]
+    assert not result["fits"] and f"lower max_num_seqs to {result['max_sequences']}" in result["remedy"]
+    result = plan("--model", MODELS / "qwen3-14b.yaml", "--topology", "v5e:1x1", "--max-num-seqs", 8)
+    assert not result["fits"] and "tensor=2 on a topology with as many chips" in result["remedy"]
 
 
 @pytest.mark.parametrize(
