@@ -1,10 +1,11 @@
 """Writing a Hugging Face folder: config.json and safetensors, streamed and atomic."""
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,7 @@ def write_safetensors(
     or a dtype that safetensors lacks.
     """
     folder = check_target(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        staging.chmod(0o777 & ~_umask())
+    with whole_folder(folder) as staging:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in copy_files:
             if Path(file).is_dir():
@@ -43,11 +41,21 @@ def write_safetensors(
             else:
                 shutil.copy(file, staging)
         _write_shards(staging, tensors, max_shard_bytes)
+    return folder
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` at the end of the block; if that fails, nothing changes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
         _replace(folder, staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return folder
 
 
 def check_target(folder: str | os.PathLike, overwrite: bool) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxllm.errors import ConfigError, RequestError
@@ -60,25 +60,20 @@ def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool, enable_
     settings are the bundle's, and all its programs are loaded."""
     from jaxllm import LLM
 
-    if config.bundle is not None:
-        print(f"loading {config.model} with {config.bundle} ...", file=sys.stderr, flush=True)
-        given = {"max_model_len": config.max_model_len, "dtype": None if config.dtype == "auto" else config.dtype}
-        given["tensor_parallel_size"] = None if config.tensor_parallel_size == 1 else config.tensor_parallel_size
-        options = {name: value for name, value in given.items() if value is not None}
-        return LLM(config.model, tokenizer=config.tokenizer, record=config.record, bundle=config.bundle, **options)
-
+    options = {
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "max_model_len": config.max_model_len,
+        "warmup": config.warmup,
+    }
+    if config.bundle is None:
+        options |= {"max_num_seqs": max_num_seqs, "enable_prefix_caching": enable_prefix_caching}
+        options["warmup"] = warmup if config.warmup is None else config.warmup
+    else:  # what no flag says is the bundle's
+        unset = {field.name: field.default for field in fields(config)}
+        options = {name: value for name, value in options.items() if value != unset[name]}
     print(f"loading {config.model} ...", file=sys.stderr, flush=True)
-    return LLM(
-        config.model,
-        tokenizer=config.tokenizer,
-        dtype=config.dtype,
-        tensor_parallel_size=config.tensor_parallel_size,
-        max_model_len=config.max_model_len,
-        max_num_seqs=max_num_seqs,
-        record=config.record,
-        enable_prefix_caching=enable_prefix_caching,
-        warmup=warmup if config.warmup is None else config.warmup,
-    )
+    return LLM(config.model, tokenizer=config.tokenizer, record=config.record, bundle=config.bundle, **options)
 
 
 def sampling_params(config: ModelCommand) -> SamplingParams:

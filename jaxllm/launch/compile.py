@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     import jax
 
     from jaxllm import LLM
+    from jaxllm.checkpoints.writer import whole_folder
     from jaxllm.serving.executables import MANIFEST, write_manifest
 
     out = Path(config.out)
@@ -69,31 +66,20 @@ def run(config: Config) -> dict[str, Any]:
             "max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size", "num_pages", "dtype", "tensor_parallel_size",
         )
     }  # fmt: skip
+    start = time.perf_counter()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from error
-    try:
-        start = time.perf_counter()
-        llm = LLM(config.model, **options, skip_tokenizer_init=True, warmup_in_background=False, compilation_cache_dir=str(staging))
-        limits = llm.engine.limits
-        settings = {name: getattr(limits, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size")}
-        settings |= {
-            "num_pages": llm.engine.pool.capacity,
-            "dtype": llm.engine.runner.dtype.name,
-            "tensor_parallel_size": config.tensor_parallel_size,
-        }
-        try:
-            manifest = write_manifest(staging, llm.engine.runner.cache, settings)
-        except FileNotFoundError as error:
-            raise ConfigError(f"a program could not be written to {out.parent}: is the disk full? ({error})") from error
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(staging, out)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(staging)
+        with whole_folder(out) as folder:
+            llm = LLM(config.model, **options, skip_tokenizer_init=True, warmup_in_background=False, compilation_cache_dir=str(folder))
+            limits = llm.engine.limits
+            settings = {name: getattr(limits, name) for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size")}
+            settings |= {
+                "num_pages": llm.engine.pool.capacity,
+                "dtype": llm.engine.runner.dtype.name,
+                "tensor_parallel_size": config.tensor_parallel_size,
+            }
+            manifest = write_manifest(folder, llm.engine.runner.cache, settings)
+    except OSError as error:  # a program that could not be kept is missing when the manifest is written
+        raise ConfigError(f"{out} cannot be written (is the disk full?): {error}") from error
     size = sum(program["bytes"] for program in manifest["programs"].values())
     print(f"wrote {len(manifest['programs'])} programs, {size / 2**20:.1f} MiB, to {out}", file=sys.stderr)
     report = {"programs": len(manifest["programs"]), "bytes": size, "compile_s": llm.timings["compile_s"]}

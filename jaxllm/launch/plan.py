@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jaxllm.config import load_yaml
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.launch.command import Command
 
@@ -73,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def read_model_config(name: str) -> ModelConfig:
-    """The decoder that a file of Hugging Face's entries describes, or the model of that name. Raises CheckpointError."""
+    """The decoder that a file of Hugging Face's entries describes, or the model of that name. Raises CheckpointError, or ConfigError."""
     from jaxllm.checkpoints import resolve_model
     from jaxllm.models import config_from_hf
 
@@ -83,17 +84,12 @@ def read_model_config(name: str) -> ModelConfig:
         if path.is_file():
             raise CheckpointError(f"{path}: plan reads a config.json, a YAML file with its entries, or a folder with a config.json")
         path = path / "config.json"
+    if path.suffix != ".json":
+        return config_from_hf(load_yaml(path))
     try:
-        if path.suffix == ".json":
-            values = json.loads(path.read_text())
-        else:
-            import yaml
-
-            values = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a model's configuration: {error}") from error
-    except Exception as error:  # yaml's own
-        raise CheckpointError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold the entries of a config.json, not {type(values).__name__}")
     return config_from_hf(values)

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxllm.checkpoints.load import Model, abstract_decoder
 from jaxllm.models import ModelConfig
-from jaxllm.serving.kv_cache import num_cache_heads
+from jaxllm.serving.kv_cache import abstract_kv_pages
 from jaxllm.serving.programs import DeviceState, WholeStep
 from jaxllm.serving.slot_state import abstract_slots
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh, named_sharding
@@ -43,9 +43,7 @@ def abstract_engine(
     """What compiles the steps of an engine on such devices. `num_pages`: the one that padding points at included."""
     mesh = make_mesh(list(devices), tensor=tensor)
     rules = fit_to_model(ShardingRules(), config, mesh)
-    heads = num_cache_heads(config, rules, mesh)
-    shape = (config.num_layers * num_pages, 2, heads, page_size, config.head_dim)
-    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(None, None, rules.heads)))
+    pages = abstract_kv_pages(config, rules, mesh, num_pages, page_size, dtype)
     state = DeviceState(pages, abstract_slots(max_num_seqs, max_model_len, config.vocab_size, mesh))
     model = abstract_model(config, mesh, rules, dtype)
     return WholeStep(model, state, num_pages=num_pages, mesh=mesh, rules=rules, dtype=dtype, max_logprobs=max_logprobs)

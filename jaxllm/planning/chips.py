@@ -1,6 +1,7 @@
 """Chips by name: what their makers publish, and their compilers' names for them."""
 
 import difflib
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def find_topology(name: str) -> Topology:
     chip = CHIPS[chip_name]
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != chip.shape:
         raise ConfigError(f"topology {name!r} must have a shape of {chip.shape} numbers, like {chip.name}:{chip.usual[1]}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("compiling for TPUs needs libtpu: pip install 'jaxllm[plan]'")
     # libtpu asks the machine which TPU it is on unless it is told, and waits for an answer.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -66,12 +69,8 @@ def find_topology(name: str) -> Topology:
 
     try:
         description = topologies.get_topology_desc(f"{chip.compiler_name}:{shape}", "tpu", **_hosts(chip, shape))
-    except ModuleNotFoundError as error:
-        raise ConfigError("compiling for TPUs needs libtpu: pip install 'jaxllm[plan]'") from error
     except Exception as error:  # JAX raises whatever the plugin says
-        if "libtpu" in str(error).lower() and "find" in str(error).lower():
-            raise ConfigError(f"compiling for TPUs needs libtpu (pip install 'jaxllm[plan]'): {error}") from error
-        raise ConfigError(f"topology {name!r} is none that the compiler knows; usual ones: {', '.join(chip.usual)} ({error})") from error
+        raise ConfigError(f"topology {name!r} was refused by the compiler; usual ones: {', '.join(chip.usual)} ({error})") from error
     return Topology(name, chip, tuple(description.devices))
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -36,7 +36,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """What `jaxllm plan` tells; bytes are of one device."""
+    """What `jaxllm plan` tells; bytes are of one device. `max_sequences`: for how many there is room; where the compiler refused a
+    step for want of memory, so that its temporaries are not known, it is more than there are."""
 
     fits: bool
     per_chip_bytes: dict[str, int]
@@ -45,7 +46,7 @@ class ServingPlan:
     max_sequences: int
     compile_s: float
     remedy: str | None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
 
 def plan_serving(
@@ -122,7 +123,7 @@ def plan_serving(
     failed = next((result for result in done.values() if isinstance(result, str)), None)
     most = max(0, room // per_sequence)
     fits = failed is None and total <= capacity
-    remedy = None if fits else _remedy(config, parameters, capacity, most, tensor, len(topology.devices), failed)
+    remedy = None if fits else _remedy(parameters, capacity, most, max_num_seqs, tensor, len(topology.devices), failed)
     used |= {"parameters": parameters, "kv_cache": kv_cache, "total": total, "capacity": capacity}
     settings = dict(
         sizes, topology=topology.name, chip=topology.chip.name, dtype=jnp.dtype(dtype).name, max_num_batched_tokens=max_num_batched_tokens
@@ -148,11 +149,12 @@ def _weights_read(config: ModelConfig, engine: Any, tokens: int) -> int:
     return total - max(0, bytes_on_a_device(table) - tokens * table.shape[1] * jnp.dtype(table.dtype).itemsize)
 
 
-def _remedy(config: ModelConfig, parameters: int, capacity: int, most: int, tensor: int, devices: int, failed: str | None) -> str:
+def _remedy(parameters: int, capacity: int, most: int, asked: int, tensor: int, devices: int, failed: str | None) -> str:
     if parameters > capacity:
         times = -(-parameters * tensor // capacity)
         more = f"tensor={1 << (times - 1).bit_length()}" + ("" if times <= devices else " on a topology with as many chips")
         return f"the parameters alone exceed a chip's memory: split them over more chips ({more}), or choose a smaller dtype"
-    if most:
+    if 0 < most < asked:
         return f"lower max_num_seqs to {most}, or max_model_len, or split over more chips than {tensor}"
-    return f"split over more chips than {tensor}, or lower max_num_batched_tokens" + (f" (the compiler: {failed[:300]})" if failed else "")
+    said = f" (the compiler: {failed[:300]})" if failed else ""
+    return f"split over more chips than {tensor}, or lower max_num_batched_tokens, max_num_seqs or max_model_len{said}"

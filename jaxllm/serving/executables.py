@@ -146,16 +146,17 @@ def write_manifest(folder: Path, cache: ExecutableCache, settings: dict[str, Any
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ConfigError if there is no bundle."""
+    """Raises ConfigError if there is no bundle, or one of another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != _FORMAT:
-            raise ConfigError(f"{folder} is a bundle of format {manifest['format']}, and this version reads {_FORMAT}: compile it anew")
-        {name: (program["sha256"], program["bytes"]) for name, program in manifest["programs"].items()}
-        dict(manifest["made_from"]), dict(manifest["settings"])
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        version, parts = manifest["format"], (manifest["made_from"], manifest["settings"], manifest["programs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is not a bundle as `jaxllm compile` writes it: {error!r}") from error
+    if version != _FORMAT:
+        raise ConfigError(f"{folder} is a bundle of format {version}, and this version reads {_FORMAT}: compile it anew")
+    if not all(isinstance(part, dict) for part in parts):
+        raise ConfigError(f"{folder / MANIFEST} is damaged: made_from, settings and programs must be mappings")
+    return manifest
 
 
 def bundle_settings(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,9 +109,13 @@ def page_bytes(config: ModelConfig, heads: int, page_size: int, dtype) -> int:
     return config.num_layers * 2 * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
 
+def abstract_kv_pages(config: ModelConfig, rules: ShardingRules, mesh: Mesh, num_pages: int, page_size: int, dtype) -> jax.ShapeDtypeStruct:
+    """[layers * pages, 2, heads, page_size, head_dim], split by heads: layer l's page p is number l * pages + p."""
+    shape = (config.num_layers * num_pages, 2, num_cache_heads(config, rules, mesh), page_size, config.head_dim)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(None, None, rules.heads)))
+
+
 def make_kv_pages(config: ModelConfig, rules: ShardingRules, mesh: Mesh, num_pages: int, page_size: int, dtype) -> jax.Array:
-    """Zeros [layers * pages, 2, heads, page_size, head_dim], split by heads: layer l's page p is number l * pages + p."""
-    heads = num_cache_heads(config, rules, mesh)
-    shape = (config.num_layers * num_pages, 2, heads, page_size, config.head_dim)
-    sharding = NamedSharding(mesh, PartitionSpec(None, None, rules.heads))
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    """Zeros."""
+    pages = abstract_kv_pages(config, rules, mesh, num_pages, page_size, dtype)
+    return jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)()

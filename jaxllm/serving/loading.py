@@ -54,9 +54,11 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     model_config = config_from_hf(source.config)
     rules = fit_to_model(ShardingRules(), model_config, mesh)
     with ThreadPoolExecutor(1) as pool:
-        loading = None if config.skip_tokenizer_init else pool.submit(_tokenizer, config, path)  # while weights are read
-        model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan)
-        tokenizer = None if loading is None else loading.result()
+        loading = pool.submit(lambda: None if config.skip_tokenizer_init else _tokenizer(config, path))  # while weights are read
+        # What is wrong with the tokenizer is raised at the next tensor, not when all have been read.
+        check = lambda _: loading.done() and loading.result()
+        model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
+        tokenizer = loading.result()
 
     page_size = config.page_size or (8 if on_cpu else 64)
     a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoints.load import Model
+from jaxllm.errors import ConfigError
 from jaxllm.serving.batch import Bucket, make_buckets, pick_bucket, step_layout
 from jaxllm.serving.copy_pages import CopyPages
 from jaxllm.serving.executables import ExecutableCache
@@ -104,6 +105,8 @@ class Runner:
         way = WholeStep if model.scanned else LayerByLayer
         made_from = (model.config, limits, num_pages, dtype, rules, one_row, max_logprobs, model.scanned)
         # What a caller's own functions do is not to be known by name.
+        if bundle is not None and self.processors:
+            raise ConfigError(f"the bundle {bundle} has no programs with logits_processors in them: leave out one or the other")
         kept = (cache_dir is not None or bundle is not None) and not self.processors
         self.cache = ExecutableCache(cache_dir, mesh, made_from, bundle=bundle) if kept else None
         self.programs = way(

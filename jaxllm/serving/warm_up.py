@@ -16,7 +16,7 @@ class WarmUp:
     """
 
     def __init__(self, keys: Sequence[Hashable], compile_: Callable[[Any], Any], workers: int):
-        self._todo, self._closed, self._lock = deque(keys), False, threading.Lock()
+        self._todo, self._lock = deque(keys), threading.Lock()
         self._futures: dict[Hashable, Future] = {key: Future() for key in keys}
         self._compile = weakref.WeakMethod(compile_)
         for i in range(min(workers, len(keys))):
@@ -49,7 +49,6 @@ class WarmUp:
     def close(self) -> None:
         """Drops what has not begun."""
         with self._lock:
-            self._closed = True
             while self._todo:
                 future = self._futures[self._todo.popleft()]
                 future.cancel()

@@ -29,6 +29,7 @@ def ragged_paged_attention_tpu(
         raise ValueError(f"page_size {kv_pages.shape[3]} is not a multiple of {tile}, as TPU tiles of {kv_pages.dtype} need")
     kv_pages = _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, decode_only=decode_only, interpret=interpret)
     sinks = jnp.full(num_heads, _MASKED, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
+    sinks = jnp.broadcast_to(sinks[:, None], (num_heads, _LANES))
     options = dict(scale=scale, window=window, softcap=softcap, interpret=interpret)
     out = _decode(q, kv_pages, page_table, kv_lens, counts, sinks, **options)
     rows = jnp.arange(tokens)[:, None, None]
@@ -194,7 +195,6 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences = page_table.shape[0]
-    per_block = min(pages_per_block(page_size, num_kv_heads, head_dim, kv_pages.dtype), page_table.shape[1])
     if tokens < sequences:
         q = jnp.pad(q, ((0, sequences - tokens), (0, 0), (0, 0)))
     keys = page_table.shape[1] * page_size
@@ -207,8 +207,7 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
             in_specs=[block, pl.BlockSpec((num_heads, _LANES), lambda n, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
-                pltpu.VMEM((2, per_block, *kv_pages.shape[1:]), kv_pages.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
+                *_buffers(kv_pages, page_table),
                 pltpu.SMEM((1,), jnp.int32),
                 *_state(num_heads, head_dim),
             ],
@@ -218,7 +217,7 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_decode",
-    )(page_table, kv_lens, counts, q[:sequences], jnp.broadcast_to(sinks[:, None], (num_heads, _LANES)), kv_pages)
+    )(page_table, kv_lens, counts, q[:sequences], sinks, kv_pages)
     return out[:tokens] if tokens <= sequences else jnp.pad(out, ((0, tokens - sequences), (0, 0), (0, 0)))
 
 
@@ -282,7 +281,6 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences = page_table.shape[0]
-    per_block = min(pages_per_block(page_size, num_kv_heads, head_dim, kv_pages.dtype), page_table.shape[1])
     size = queries_per_block(num_heads, tokens)
     padded = -(-tokens // size) * size
     by_head = jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0))).transpose(1, 0, 2)
@@ -304,8 +302,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
             in_specs=[block, pl.BlockSpec((num_heads, _LANES), lambda i, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
-                pltpu.VMEM((2, per_block, *kv_pages.shape[1:]), kv_pages.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
+                *_buffers(kv_pages, page_table),
                 *_state(num_heads * size, head_dim),
             ],
         ),
@@ -314,7 +311,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_chunks",
-    )(item_block, owner, total, page_table, kv_lens, query_starts, by_head, jnp.broadcast_to(sinks[:, None], (num_heads, _LANES)), kv_pages)
+    )(item_block, owner, total, page_table, kv_lens, query_starts, by_head, sinks, kv_pages)
     return out.transpose(1, 0, 2)[:tokens]
 
 
@@ -373,6 +370,13 @@ def _chunk_kernel(
         sums = jnp.where(total[:, :1] == 0, 1.0, total[:, :1])
         result = (out[...] / sums).reshape(o.shape).astype(o.dtype)
         o[...] = jnp.where((rows >= begin) & (rows < end), result, o[...])
+
+
+def _buffers(kv_pages: jax.Array, page_table: jax.Array) -> list:
+    """Two blocks of pages, one to compute on while the other is filled, and what tells when each is."""
+    _, _, num_kv_heads, page_size, head_dim = kv_pages.shape
+    pages = min(pages_per_block(page_size, num_kv_heads, head_dim, kv_pages.dtype), page_table.shape[1])
+    return [pltpu.VMEM((2, pages, *kv_pages.shape[1:]), kv_pages.dtype), pltpu.SemaphoreType.DMA((2,))]
 
 
 def _state(rows: int, head_dim: int) -> list:

@@ -109,6 +109,11 @@ def test_a_flipped_byte(copy, caplog):
     assert "its bytes are not those that the manifest names" in caplog.text
 
 
+def test_logits_processors_and_a_bundle_exclude_each_other(bundle):
+    with pytest.raises(ConfigError, match="no programs with logits_processors"):
+        make(bundle, logits_processors={"same": lambda logits, tokens, count: logits})
+
+
 def test_what_is_no_bundle(tmp_path, bundle, copy, capfd):
     (tmp_path / "folder").mkdir()
     for folder in (tmp_path / "none", tmp_path / "folder"):
@@ -116,6 +121,9 @@ def test_what_is_no_bundle(tmp_path, bundle, copy, capfd):
             make(folder)
     edit(copy, lambda m: m.update(format=99))
     with pytest.raises(ConfigError, match="format 99"):
+        make(copy)
+    edit(copy, lambda m: m.update(format=1, programs=[]))
+    with pytest.raises(ConfigError, match="is damaged"):
         make(copy)
     model = ["--model", str(MODELS / CASE)]
     assert main(["compile", *model, "--out", str(bundle)]) == 2  # it is there

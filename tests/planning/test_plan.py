@@ -56,17 +56,25 @@ def test_unknown_topologies(name, message):
         find_topology(name)
 
 
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs libtpu: pip install 'jaxllm\[plan\]'"):
+        find_topology("v6e:2x2")
+
+
 def test_bad_models(tmp_path):
     (tmp_path / "list.yaml").write_text("[1, 2]")
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.yaml").write_text("model_type: mamba")
-    for name, message in (
-        ("list.yaml", "must hold the entries"),
-        ("broken.yaml", "is not YAML"),
-        ("broken.json", "cannot be read"),
-        ("other.yaml", "'mamba' is not implemented"),
-        ("none.yaml", "There is no model"),
+    (tmp_path / "list.json").write_text("[1, 2]")
+    for name, error, message in (
+        ("list.yaml", ConfigError, "list.yaml"),
+        ("broken.yaml", ConfigError, "not valid YAML"),
+        ("broken.json", CheckpointError, "cannot be read"),
+        ("list.json", CheckpointError, "must hold the entries"),
+        ("other.yaml", CheckpointError, "'mamba' is not implemented"),
+        ("none.yaml", CheckpointError, "There is no model"),
     ):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(error, match=message):
             read_model_config(str(tmp_path / name))
