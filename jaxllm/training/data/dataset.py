@@ -152,7 +152,8 @@ class Dataset(Iterator[Batch]):
         self._idle = 0 if pieces else self._idle + 1
         if self._idle >= self.stream.pass_length:
             left_out = {name: self.counts[name] for name in ("bad_records", "too_long", "nothing_to_learn") if self.counts[name]}
-            raise DataError(f"{drawn.where}: none of the last {self._idle} records could be used ({left_out}); the last: {self._why(drawn)}")
+            place = drawn.where
+            raise DataError(f"{place}: none of {self._idle} records in a row could be used ({left_out}); the last: {self._why(drawn)}")
         return pieces
 
     def _why(self, drawn: Drawn) -> str:
@@ -205,7 +206,7 @@ class Dataset(Iterator[Batch]):
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"the saved place in the data cannot be read ({error}): start the data anew") from error
         if version != 1:
-            raise DataError(f"the saved place in the data has version {version}, and this jaxllm reads version 1: use the one that wrote it")
+            raise DataError(f"the saved place in the data has version {version}, and this jaxllm reads version 1: use the other")
         ours = json.loads(json.dumps(self._identity))
         differing = [name for name in {**ours, **identity} if ours.get(name) != identity.get(name)]
         if differing:

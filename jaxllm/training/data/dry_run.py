@@ -79,7 +79,8 @@ def _print(report: dict[str, Any], console: Console) -> None:
         f"(green), {report['padding_waste']:.1%} padding",
         highlight=False,
     )
-    left_out = {name: count for name, count in report["drawn"].items() if count and name not in ("records", "examples", "tokens", "learned")}
+    shown = ("records", "examples", "tokens", "learned")
+    left_out = {name: count for name, count in report["drawn"].items() if count and name not in shown}
     if left_out:
         console.print("drawn records: " + ", ".join(f"{count} {name}" for name, count in left_out.items()), highlight=False)
     for message in report["bad_records"]:

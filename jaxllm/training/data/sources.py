@@ -79,7 +79,8 @@ def find_files(source: DataSource) -> tuple[str, list[Path]]:
     formats = {file: _ENDINGS.get(file.suffix) for file in files}
     for file, found in formats.items():
         if found is None:
-            fix = "write it as .jsonl, one JSON object a line" if file.suffix in (".json", ".gz", ".zst", ".csv", ".tsv") else "say `format`"
+            common = file.suffix in (".json", ".gz", ".zst", ".csv", ".tsv")
+            fix = "write it as .jsonl, one JSON object a line" if common else "say `format`"
             raise DataError(f"{file}: the ending {file.suffix!r} tells no format that is read here ({' '.join(_ENDINGS)}): {fix}")
     if len(set(formats.values())) > 1:
         raise DataError(f"{source.path} holds files of several formats ({', '.join(sorted(set(formats.values())))}): name one sort")

@@ -100,6 +100,10 @@ class Stream:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16 * threads)
         ahead = self.order.slice(slice(index + number * count, None, count)).to_iter_dataset(options)
         if workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain asks for absl's flags, which nobody parses here
+                flags.FLAGS.mark_as_parsed()
             ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16))
         return iter(ahead)
 
