@@ -306,12 +306,15 @@ def _to_arrays(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             tree[name]["impl"] = str(jax.random.key_impl(leaf))
             tree[name]["key_shape"] = list(jax.random.key_data(leaf).shape)
             leaf = jax.random.key_data(leaf)
+        tree[name]["host"] = not isinstance(leaf, jax.Array)
         if tree[name]["size"]:
             arrays[name] = leaf if isinstance(leaf, jax.Array) else np.array(leaf)  # a copy: the caller may change its own
     return arrays, tree
 
 
-def _abstract(saved: dict[str, Any], leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(saved: dict[str, Any], leaf: Any) -> Any:
+    if leaf is None and saved["host"] or isinstance(leaf, np.ndarray | np.generic | bool | int | float):
+        return np.empty(saved["shape"], jnp.dtype(saved["dtype"]))  # in NumPy's own types: jax would make 64 bits 32
     if saved["kind"] == "key":
         return jax.ShapeDtypeStruct(tuple(saved["key_shape"]), jnp.uint32, sharding=_first_device())
     sharding = getattr(leaf, "sharding", None) or _first_device()
@@ -325,8 +328,9 @@ def _from_array(saved: dict[str, Any], array: Any, leaf: Any) -> Any:
     if saved["kind"] in ("bool", "int", "float"):
         return {"bool": bool, "int": int, "float": float}[saved["kind"]](np.asarray(array)[()])
     if array is None:
-        array = jnp.zeros(saved["shape"], jnp.dtype(saved["dtype"]), device=getattr(leaf, "sharding", None))
-    return np.asarray(array) if isinstance(leaf, np.ndarray | np.generic) else array
+        shape, dtype = saved["shape"], jnp.dtype(saved["dtype"])
+        return np.zeros(shape, dtype) if saved["host"] else jnp.zeros(shape, dtype, device=getattr(leaf, "sharding", None))
+    return array
 
 
 def _first_device() -> jax.sharding.Sharding:

@@ -27,10 +27,10 @@ def make_state(seed: int, width: int = 8) -> dict:
         "optimizer": optimizer.init(params),
         "rng": key,
         "rng_batch": jax.random.split(jax.random.key(seed, impl="rbg"), 2),
-        "tokens": seed * 1000,
-        "scale": 0.5,
+        "tokens": seed * 10**12,
+        "scale": 0.1 * seed,
         "flag": True,
-        "host": np.arange(3, dtype=np.int64) + seed,
+        "host": np.arange(3, dtype=np.int64) + 2**40 * seed,
         "int4": jnp.array([1, -2, 3], jnp.int4),
     }
 
@@ -65,7 +65,7 @@ def test_everything_comes_back(tmp_path):
     assert_same(restored.state, state)
     assert (restored.step, restored.iterator_state, restored.metrics, restored.notes) == (7, b"\x00place", {"loss": 1.5}, ())
     assert restored.config == {"lr": 1e-4, "names": ["a"]}
-    assert flat["tokens"] == 3000 and np.array_equal(flat["params.layers.0.w"], state["params"]["layers"][0]["w"])
+    assert flat["tokens"] == 3 * 10**12 and np.array_equal(flat["params.layers.0.w"], state["params"]["layers"][0]["w"])
 
 
 def test_restores_onto_shapes_alone(tmp_path):
