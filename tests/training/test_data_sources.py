@@ -19,7 +19,7 @@ def read_all(path, **options) -> list[dict]:
     return [table.read(i) for i in range(len(table))]
 
 
-def dataset_of(path, batch_size=2, max_length=64, **options):
+def dataset_of(path, batch_size=2, max_length=256, **options):
     return make_dataset(DataConfig(path=(str(path),), **options), plain_tokenizer(), batch_size=batch_size, max_length=max_length)
 
 
@@ -138,7 +138,7 @@ def test_bytes_that_are_no_text(tmp_path):
 
 
 def test_kinds_and_columns(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "Say\n", "output": "b"}])
     with pytest.raises(DataError, match="line 1: the record has the keys instruction, output, which is no kind .*`columns`"):
         dataset_of(path)
     sources = (DataSource(path, columns={"prompt": "instruction", "completion": "output"}),)
@@ -193,7 +193,8 @@ def test_a_file_that_changes_under_the_run(tmp_path):
 
 
 def test_dry_run_shows_and_leaves_the_dataset_alone(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [GOOD, {"messages": 3}, {"messages": [{"role": "user", "content": "[red]x"}, *GOOD["messages"]]}])
+    marked = {"messages": [{"role": "user", "content": "[red]x"}, *GOOD["messages"]]}
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD, {"messages": 3}, marked])
     dataset = dataset_of(path, epochs=1, shuffle=False, on_bad_record="skip")
     before = dataset.get_state()
     stream = io.StringIO()
@@ -201,8 +202,8 @@ def test_dry_run_shows_and_leaves_the_dataset_alone(tmp_path):
     assert dataset.get_state() == before
     json.dumps(report)
     said = [span["text"] for row in report["rows"] for span in row["spans"] if span["learned"]]
-    assert said == ["b<|im_end|>", "b<|im_end|>"] and report["learned_tokens"] == 4 and report["batch_shape"] == [2, 64]
-    assert report["padding_waste"] == round(1 - report["tokens"] / 128, 4) and report["drawn"]["bad_records"] == 1
+    assert said == ["b<|im_end|>", "b<|im_end|>"] and report["learned_tokens"] == 4 and report["batch_shape"] == [2, 256]
+    assert report["padding_waste"] == round(1 - report["tokens"] / 512, 4) and report["drawn"]["bad_records"] == 1
     shown = stream.getvalue()
     assert "\x1b[30;42mb<|im_end|>" in shown and "[red]x" in shown and "a.jsonl: line 2" in shown
     assert dry_run(dataset)["rows"] == report["rows"]
