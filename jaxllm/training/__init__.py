@@ -1,0 +1,1 @@
+"""Fine-tuning: the one loop, its objectives, data, optimisers and checkpoints."""
