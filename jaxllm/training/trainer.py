@@ -1,0 +1,278 @@
+"""The one loop."""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxllm.adapters import add_adapter, is_trainable, save_adapter
+from jaxllm.checkpoints import open_checkpoint, resolve_model
+from jaxllm.checkpoints.export import export_model
+from jaxllm.checkpoints.load import load_model
+from jaxllm.config import to_dict
+from jaxllm.errors import ConfigError
+from jaxllm.models import config_from_hf
+from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
+from jaxllm.tokenizers import load_tokenizer
+from jaxllm.training.checkpointing import Checkpointer
+from jaxllm.training.config import TrainConfig
+from jaxllm.training.data import make_dataset
+from jaxllm.training.metrics import MetricsLog, Progress, peak_flops, training_flops
+from jaxllm.training.objectives import CausalLM
+from jaxllm.training.optim import make_optimizer, make_schedule
+from jaxllm.training.step import TrainState, init_state, make_eval_step, make_train_step, place_batch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `path`: what was exported, if anything; `stopped`: why before its last step, if it was."""
+
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    skipped_steps: int
+    path: Path | None
+    stopped: str | None
+
+
+class Trainer:
+    """Fine-tunes as a TrainConfig says: `Trainer(config).train()`.
+
+    Making one loads the model and opens the data, and raises ConfigError, CheckpointError or DataError for what is wrong with them
+    before anything is written. All that a run needs to go on is in its checkpoints: killed at any moment and started again, it takes
+    the same steps on the same examples, bit for bit.
+    """
+
+    def __init__(self, config: TrainConfig):
+        if jax.process_count() > 1:
+            raise ConfigError("training over several hosts is not implemented; use the devices of one")
+        self.config = c = config
+        self.path = resolve_model(c.model)
+        self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
+        source = open_checkpoint(self.path)
+        self.model_config = config_from_hf(source.config)
+        if c.max_length > self.model_config.max_positions:
+            raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
+        self.tokenizer = load_tokenizer(self.path)
+        self.total_steps = c.max_steps if c.max_steps is not None else self._count_steps()
+        self.rules = fit_to_model(ShardingRules(), self.model_config, self.mesh)
+        dtype = jnp.bfloat16 if c.precision == "pure_bfloat16" else jnp.float32
+        model = load_model(source, dtype=dtype, mesh=self.mesh, rules=self.rules, scan_layers=True)
+        decoder = nnx.merge(model.graph, model.params)
+        del model
+        if c.lora is not None:
+            decoder = add_adapter(decoder, c.lora, rngs=nnx.Rngs(params=c.seed))
+        decoder.remat = None if c.remat == "none" else c.remat
+        chosen = is_trainable if c.lora is not None else nnx.Param
+        self.graph, trainable, self.frozen = nnx.split(decoder, chosen, ..., graph=False)
+        schedule = make_schedule(c.schedule, c.optimizer.learning_rate, self.total_steps)
+        self.schedule, self.optimizer = schedule, make_optimizer(c.optimizer, schedule, trainable)
+        self.state = init_state(trainable, self.optimizer, c.seed, self.mesh)
+        self.objective = CausalLM(c.z_loss, c.label_smoothing)
+        self._step = make_train_step(
+            self.graph, self.objective, self.optimizer, self.state, max_grad_norm=c.optimizer.max_grad_norm, precision=c.precision
+        )
+        self._eval_step = make_eval_step(self.graph, self.objective, precision=c.precision)
+
+    def train(self) -> TrainResult:
+        """Runs to the last step, or until SIGTERM, on which it saves and returns. Raises CheckpointError if it cannot write."""
+        c, out = self.config, Path(self.config.output_dir)
+        best = "eval_loss" if c.keep_best and c.eval_data else None
+        checkpointer = Checkpointer(out / "checkpoints", keep_last=c.keep_last, keep_best=best)
+        try:
+            run = _Run(self, checkpointer, out)
+            with _sigterm() as asked:
+                result = run.to_the_end(asked)
+        finally:
+            checkpointer.close()
+        return result
+
+    def export(self, out: Path) -> Path:
+        """Writes what has been trained: the adapter in PEFT's format, or the model as a Hugging Face folder."""
+        if self.config.lora is not None:
+            decoder = nnx.merge(self.graph, self.state.trainable, self.frozen)
+            return save_adapter(decoder, self.config.lora, out, base_model=self.config.model, overwrite=True)
+        params = nnx.merge_state(self.state.trainable, self.frozen)
+        return export_model(self.model_config, params, out, base=self.path, dtype=self.config.export_dtype, overwrite=True)
+
+    def evaluate(self) -> dict[str, float]:
+        """`eval_loss` and the objective's metrics over all of eval_data, each an average over its weights."""
+        c = self.config
+        data = make_dataset(
+            c.eval_data, self.tokenizer, batch_size=c.batch_size // c.gradient_accumulation_steps, max_length=c.max_length, seed=0, epochs=1
+        )
+        sums: dict[str, np.ndarray] = {}
+        for batch in data:
+            batch = place_batch(batch, self.mesh, self.rules, micro_batches=False)
+            m = self._eval_step(self.state.trainable, self.frozen, batch, jax.random.key(0))
+            for name, pair in {"loss": (m.loss, m.weight), **m.metrics}.items():
+                sums[name] = sums.get(name, 0) + np.array([float(x) for x in pair])
+        if not sums:
+            raise ConfigError("eval_data has no example")
+        return {f"eval_{name}": float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
+
+    def dataset(self) -> Any:
+        """The training data from its beginning, in batches of a whole step."""
+        c = self.config
+        epochs = c.num_train_epochs or (None if c.max_steps is not None else 1)
+        return make_dataset(c.data, self.tokenizer, batch_size=c.batch_size, max_length=c.max_length, seed=c.seed, epochs=epochs)
+
+    def _count_steps(self) -> int:
+        """The schedule must know the end, and only packing tells how many batches there will be."""
+        steps = sum(1 for _ in self.dataset())
+        if not steps:
+            raise ConfigError("the data has no example: see `data`")
+        return steps
+
+
+class _Run:
+    """The loop's own state."""
+
+    def __init__(self, trainer: Trainer, checkpointer: Checkpointer, out: Path):
+        self.t, self.checkpointer, self.out = trainer, checkpointer, out
+        self.data = trainer.dataset()
+        self.step, self.best, self.waited, self.eval_loss, self.saved = 0, math.inf, 0, None, None
+        restored = checkpointer.restore(trainer.state)
+        if restored is not None:
+            trainer.state, self.step, self.saved = restored.state, restored.step, restored.step
+            self.data.set_state(restored.data["iterator"])
+            self.best, self.waited, self.eval_loss = (restored.data[name] for name in ("best", "waited", "eval_loss"))
+            self.best = math.inf if self.best is None else self.best
+            logger.warning("going on from step %d of %s", self.step, checkpointer.folder)
+        write_config(trainer.config, out / "config.yaml")
+        self.log = MetricsLog(out / "metrics.jsonl", self.step)
+        self.peak = trainer.config.peak_flops or peak_flops(list(trainer.mesh.devices.flat))
+
+    def to_the_end(self, asked_to_stop: list[int]) -> TrainResult:
+        t, c = self.t, self.t.config
+        stopped, window, loss = None, _Window(), None
+        progress = Progress(t.total_steps, self.step)
+        while self.step < t.total_steps and stopped is None:
+            batch = next(self.data, None)
+            if batch is None:
+                stopped = f"the data ended before max_steps={c.max_steps}: raise num_train_epochs"
+                break
+            window.add(batch)
+            tracing = jax.profiler.trace(str(self.out / "profile")) if self.step + 1 in c.profile_steps else nullcontext()
+            with tracing:
+                t.state, metrics = t._step(t.state, t.frozen, place_batch(_micro_batches(batch, c), t.mesh, t.rules))
+                window.metrics.append(metrics)
+                if self.step + 1 in c.profile_steps:
+                    jax.block_until_ready(t.state)
+            self.step += 1
+            last = self.step == t.total_steps
+            if last or self.step % c.logging_steps == 0:
+                values = window.values(t, self.step, self.peak)
+                loss, window = values["loss"], _Window()
+                self.log.write(values)
+                progress.show(self.step, values)
+            if c.eval_data is not None and (last or (c.eval_steps is not None and self.step % c.eval_steps == 0)):
+                stopped = self._evaluate()
+                window.restart()
+            if asked_to_stop:
+                stopped = "SIGTERM"
+            if last or stopped is not None or self.step % c.save_steps == 0:
+                self._save()
+        self.checkpointer.wait()
+        progress.close()
+        finished = stopped != "SIGTERM"
+        path = t.export(self.out / ("adapter" if c.lora is not None else "model")) if c.export and finished else None
+        return TrainResult(self.step, loss, self.eval_loss, int(t.state.skipped), path, stopped)
+
+    def _evaluate(self) -> str | None:
+        """Why to stop, if early stopping says so."""
+        values, patience = self.t.evaluate(), self.t.config.early_stopping_patience
+        self.eval_loss = values["eval_loss"]
+        self.log.write({"step": self.step, **values})
+        self.waited = 0 if self.eval_loss < self.best else self.waited + 1
+        self.best = min(self.best, self.eval_loss)
+        stop = patience is not None and self.waited >= patience
+        return f"eval_loss has not fallen for {self.waited} evaluations (early_stopping_patience)" if stop else None
+
+    def _save(self) -> None:
+        if self.saved == self.step:
+            return
+        best = None if math.isinf(self.best) else self.best
+        data = {"iterator": self.data.get_state(), "best": best, "waited": self.waited, "eval_loss": self.eval_loss}
+        metrics = {} if self.eval_loss is None else {"eval_loss": self.eval_loss}
+        self.checkpointer.save(self.step, self.t.state, data=data, metrics=metrics)
+        self.saved = self.step
+
+
+class _Window:
+    """What is summed between two lines of metrics."""
+
+    def __init__(self) -> None:
+        self.metrics: list[Any] = []
+        self.tokens, self.squared = 0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Time that goes to something else is not counted."""
+        self.start, self.counted = time.monotonic(), 0
+
+    def add(self, batch: dict[str, np.ndarray]) -> None:
+        segments = batch["segment_ids"]
+        tokens = int((segments > 0).sum())
+        self.tokens, self.counted = self.tokens + tokens, self.counted + tokens
+        # The sum over segments of length squared is twice that of positions + 1, as near as MFU needs it.
+        self.squared += float((2 * (batch["positions"] + 1) * (segments > 0)).sum())
+
+    def values(self, trainer: Trainer, step: int, peak: float | None) -> dict[str, Any]:
+        metrics = jax.device_get(self.metrics)  # waits for the steps
+        seconds = time.monotonic() - self.start
+        loss, weight = sum(float(m.loss) for m in metrics), sum(float(m.weight) for m in metrics)
+        rate = self.counted / seconds
+        flops = training_flops(trainer.model_config, self.squared, self.tokens, frozen=trainer.config.lora is not None)
+        mfu = None if peak is None or not self.tokens else flops * self.counted / self.tokens / seconds / peak
+        out = {"step": step, "loss": loss / max(weight, 1e-9), "learning_rate": float(trainer.schedule(step - 1))}
+        out |= {"grad_norm": float(metrics[-1].grad_norm), "tokens": self.tokens, "tokens_per_s": rate, "mfu": mfu}
+        for name in metrics[-1].metrics:
+            pairs = [m.metrics[name] for m in metrics]
+            out[name] = sum(float(x) for x, _ in pairs) / max(sum(float(w) for _, w in pairs), 1e-9)
+        return out | {"skipped_steps": int(trainer.state.skipped)}
+
+
+def write_config(config: TrainConfig, file: Path) -> None:
+    """The settings as they were resolved, beside the run."""
+    import yaml
+
+    file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _micro_batches(batch: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
+    """[B, ...] to [A, B / A, ...]."""
+    a = config.gradient_accumulation_steps
+    return {name: x.reshape(a, x.shape[0] // a, *x.shape[1:]) for name, x in batch.items()}
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list that has an entry once SIGTERM has come; a second one ends the process as ever."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+        yield asked
+        return
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
