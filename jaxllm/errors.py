@@ -19,3 +19,7 @@ class TokenizerError(JaxLLMError, ValueError):
 
 class RequestError(JaxLLMError, ValueError):
     """One request is wrong; it is refused and no other request notices."""
+
+
+class DataError(JaxLLMError, ValueError):
+    """Training data cannot be read or used; names the file and line, and what to change there."""
