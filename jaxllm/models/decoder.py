@@ -45,6 +45,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([DecoderLayer(c, layer, dtype=dtype, rngs=rngs) for layer in c.layers[repeats * period :]])
         self.norm = Norm(c, c.hidden_size, dtype=dtype, rngs=rngs) if c.final_norm else None
         self.lm_head = None if c.tie_embeddings else Linear(embed_dim, c.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
+        self.virtual = None  # prompt and prefix tuning's tokens: jaxllm.adapters
 
     def __call__(
         self,
@@ -56,6 +57,8 @@ class Decoder(nnx.Module):
         rope_lengths: Int[Array, "*T"] | None = None,
     ) -> tuple[Float[Array, "*T D"], Any]:
         """Hidden states after the last norm, and the cache. `rope_lengths`: see `rope.rope_table`."""
+        if self.virtual is not None:
+            attend = self.virtual.attend(attend, tokens)
         x, ropes = self.embed(tokens, positions), self.rope_tables(positions, rope_lengths)
         if self.blocks:
             x, cache = self._scan(x, ropes, attend, cache)
@@ -67,7 +70,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Int[Array, "*T"], positions: Int[Array, "*T"]) -> Float[Array, "*T D"]:
         """What the first layer gets."""
         c = self.config
-        x = self.embed_tokens[...][tokens]
+        x = self.embed_tokens[...][tokens] if self.virtual is None else self.virtual.embed(self.embed_tokens[...], tokens)
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if self.project_in is not None:
