@@ -30,6 +30,7 @@ COMMANDS = {
     "compile": ("jaxllm.launch.compile", "Compile every program of an engine and write them to a folder, to start from."),
     "plan": ("jaxllm.launch.plan", "Tell whether a model fits TPUs that are not here, and how fast they could serve it."),
     "simulate": ("jaxllm.launch.simulate", "Run the scheduler without a device: derive a recorded run's plans again."),
+    "train": ("jaxllm.launch.train", "Fine-tune a model, all of it or an adapter."),
     "doctor": ("jaxllm.launch.doctor", "Show versions, devices, memory, caches and settings, and check that the device computes."),
 }
 

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxllm.adapters import LoraConfig
+from jaxllm.adapters import AdapterConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from jaxllm.errors import ConfigError
 from jaxllm.training.data import DataConfig
 from jaxllm.training.optim import OptimizerConfig, ScheduleConfig
+
+ADAPTERS = ("lora", "ia3", "prompt_tuning", "prefix_tuning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,15 @@ class TrainConfig:
     objective: Literal["sft", "causal_lm"] = "sft"
     "What is minimised; sft and causal_lm are the same loss on other data."
     lora: LoraConfig | None = None
-    "Train an adapter, and leave the model as it is."
+    "Train a LoRA adapter (or rsLoRA, DoRA), and leave the model as it is."
+    ia3: IA3Config | None = None
+    "Train an IA3 adapter."
+    prompt_tuning: PromptTuningConfig | None = None
+    "Train the embeddings of tokens before the text."
+    prefix_tuning: PrefixTuningConfig | None = None
+    "Train keys and values before the text."
+    quantize_base: Literal["nf4", "int8"] | None = None
+    "Keep the frozen model in 4 or 8 bits under the adapter (QLoRA)."
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch_size: int = 8
@@ -50,10 +60,8 @@ class TrainConfig:
     "Micro-batches that a step is cut into."
     max_length: int = 1024
     "Tokens in a row."
-    num_train_epochs: int | None = None
-    "Times through the data; by default 1, unless max_steps says when to stop."
     max_steps: int | None = None
-    "Optimiser steps at most."
+    "Optimiser steps; by default as many as data.epochs (1 if that says nothing either) takes."
     precision: Literal["float32", "bfloat16", "pure_bfloat16"] = "float32"
     "bfloat16 multiplies in bfloat16 and keeps float32 parameters; pure_bfloat16 keeps bfloat16, with stochastic rounding."
     remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = "none"
@@ -88,16 +96,32 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("batch_size", "gradient_accumulation_steps", "max_length", "logging_steps", "save_steps", "keep_last")
-        optional = ("max_steps", "num_train_epochs", "eval_steps", "early_stopping_patience")
+        optional = ("max_steps", "eval_steps", "early_stopping_patience")
         for name in (*at_least_one, *(n for n in optional if getattr(self, n) is not None)):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         rows = self.mesh.data * self.mesh.fsdp * self.gradient_accumulation_steps
         if self.batch_size % rows:
             raise ConfigError(
-                f"batch_size={self.batch_size} is no multiple of gradient_accumulation_steps x mesh.data x mesh.fsdp = {rows}; choose one that is"
+                f"batch_size={self.batch_size} is no multiple of gradient_accumulation_steps x mesh.data x mesh.fsdp = {rows}; "
+                "choose one that is"
             )
         if self.eval_data is None and (self.eval_steps is not None or self.early_stopping_patience is not None):
             raise ConfigError("eval_steps and early_stopping_patience need eval_data")
+        if len(adapters := [name for name in ADAPTERS if getattr(self, name) is not None]) > 1:
+            raise ConfigError(f"{' and '.join(adapters)} are two adapters, and a run trains one")
+        if self.quantize_base is not None and not adapters:
+            raise ConfigError("quantize_base freezes the model: give an adapter to train (lora, say)")
+        if adapters and self.precision == "pure_bfloat16":
+            raise ConfigError("an adapter is kept in float32: use precision=bfloat16 with it")
+        if self.prompt_tuning is not None or self.prefix_tuning is not None:
+            for name in ("data", "eval_data"):
+                if (data := getattr(self, name)) is not None and data.packing:
+                    raise ConfigError(f"prompt and prefix tuning take one example a row: set {name}.packing to false")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}")
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """Whichever is trained."""
+        return next((getattr(self, name) for name in ADAPTERS if getattr(self, name) is not None), None)

@@ -130,7 +130,10 @@ def place_batch(batch: Any, mesh: Mesh, rules: ShardingRules, *, micro_batches: 
 def _cast(tree: Any, dtype: Any) -> Any:
     if dtype is None:
         return tree
-    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, tree)
+    # Parameters only: the scales of a quantised base are no weights.
+    wanted = lambda v: isinstance(v, nnx.Param) and v.dtype == jnp.float32
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    return jax.tree.map(lambda v: v.replace(v[...].astype(dtype)) if wanted(v) else v, tree, is_leaf=is_variable)
 
 
 def _apply(params: Any, updates: Any, key: jax.Array | None) -> Any:

@@ -1,5 +1,6 @@
 """The one loop."""
 
+import json
 import logging
 import math
 import signal
@@ -7,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.adapters import add_adapter, is_trainable, save_adapter
+from jaxllm.adapters import add_adapter, is_trainable, prepend_virtual_tokens, quantize_base, save_adapter, with_dropout
 from jaxllm.checkpoints import open_checkpoint, resolve_model
 from jaxllm.checkpoints.export import export_model
 from jaxllm.checkpoints.load import load_model
@@ -73,17 +74,21 @@ class Trainer:
         model = load_model(source, dtype=dtype, mesh=self.mesh, rules=self.rules, scan_layers=True)
         decoder = nnx.merge(model.graph, model.params)
         del model
-        if c.lora is not None:
-            decoder = add_adapter(decoder, c.lora, rngs=nnx.Rngs(params=c.seed))
+        if c.quantize_base is not None:
+            decoder = quantize_base(decoder, c.quantize_base)
+        if c.adapter is not None:
+            decoder = add_adapter(decoder, c.adapter, rngs=nnx.Rngs(params=c.seed))
         decoder.remat = None if c.remat == "none" else c.remat
-        chosen = is_trainable if c.lora is not None else nnx.Param
+        chosen = is_trainable if c.adapter is not None else nnx.Param
         self.graph, trainable, self.frozen = nnx.split(decoder, chosen, ..., graph=False)
         schedule = make_schedule(c.schedule, c.optimizer.learning_rate, self.total_steps)
         self.schedule, self.optimizer = schedule, make_optimizer(c.optimizer, schedule, trainable)
         self.state = init_state(trainable, self.optimizer, c.seed, self.mesh)
         self.objective = CausalLM(c.z_loss, c.label_smoothing)
+        dropout = c.lora is not None and c.lora.lora_dropout > 0
+        training = (lambda model, batch, key: self.objective(with_dropout(model, key), batch, key)) if dropout else self.objective
         self._step = make_train_step(
-            self.graph, self.objective, self.optimizer, self.state, max_grad_norm=c.optimizer.max_grad_norm, precision=c.precision
+            self.graph, training, self.optimizer, self.state, max_grad_norm=c.optimizer.max_grad_norm, precision=c.precision
         )
         self._eval_step = make_eval_step(self.graph, self.objective, precision=c.precision)
 
@@ -102,21 +107,20 @@ class Trainer:
 
     def export(self, out: Path) -> Path:
         """Writes what has been trained: the adapter in PEFT's format, or the model as a Hugging Face folder."""
-        if self.config.lora is not None:
+        if (adapter := self.config.adapter) is not None:
             decoder = nnx.merge(self.graph, self.state.trainable, self.frozen)
-            return save_adapter(decoder, self.config.lora, out, base_model=self.config.model, overwrite=True)
+            return save_adapter(decoder, adapter, out, base_model=self.config.model, overwrite=True)
         params = nnx.merge_state(self.state.trainable, self.frozen)
         return export_model(self.model_config, params, out, base=self.path, dtype=self.config.export_dtype, overwrite=True)
 
     def evaluate(self) -> dict[str, float]:
         """`eval_loss` and the objective's metrics over all of eval_data, each an average over its weights."""
         c = self.config
-        data = make_dataset(
-            c.eval_data, self.tokenizer, batch_size=c.batch_size // c.gradient_accumulation_steps, max_length=c.max_length, seed=0, epochs=1
-        )
+        once = replace(c.eval_data, epochs=1, shuffle=False)
+        data = make_dataset(once, self.tokenizer, batch_size=c.batch_size // c.gradient_accumulation_steps, max_length=self._length)
         sums: dict[str, np.ndarray] = {}
         for batch in data:
-            batch = place_batch(batch, self.mesh, self.rules, micro_batches=False)
+            batch = place_batch(self._with_virtual_tokens(batch), self.mesh, self.rules, micro_batches=False)
             m = self._eval_step(self.state.trainable, self.frozen, batch, jax.random.key(0))
             for name, pair in {"loss": (m.loss, m.weight), **m.metrics}.items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in pair])
@@ -127,8 +131,17 @@ class Trainer:
     def dataset(self) -> Any:
         """The training data from its beginning, in batches of a whole step."""
         c = self.config
-        epochs = c.num_train_epochs or (None if c.max_steps is not None else 1)
-        return make_dataset(c.data, self.tokenizer, batch_size=c.batch_size, max_length=c.max_length, seed=c.seed, epochs=epochs)
+        data = c.data if c.data.epochs or c.max_steps is not None else replace(c.data, epochs=1)
+        return make_dataset(data, self.tokenizer, batch_size=c.batch_size, max_length=self._length, seed=c.seed)
+
+    @property
+    def _length(self) -> int:
+        """Of a row of text, without the virtual tokens that come before it."""
+        return self.config.max_length - getattr(self.config.adapter, "num_virtual_tokens", 0)
+
+    def _with_virtual_tokens(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        count = getattr(self.config.adapter, "num_virtual_tokens", 0)
+        return prepend_virtual_tokens(batch, self.model_config, count) if count else batch
 
     def _count_steps(self) -> int:
         """The schedule must know the end, and only packing tells how many batches there will be."""
@@ -148,7 +161,7 @@ class _Run:
         restored = checkpointer.restore(trainer.state)
         if restored is not None:
             trainer.state, self.step, self.saved = restored.state, restored.step, restored.step
-            self.data.set_state(restored.data["iterator"])
+            self.data.set_state(json.dumps(restored.data["iterator"]))
             self.best, self.waited, self.eval_loss = (restored.data[name] for name in ("best", "waited", "eval_loss"))
             self.best = math.inf if self.best is None else self.best
             logger.warning("going on from step %d of %s", self.step, checkpointer.folder)
@@ -163,12 +176,12 @@ class _Run:
         while self.step < t.total_steps and stopped is None:
             batch = next(self.data, None)
             if batch is None:
-                stopped = f"the data ended before max_steps={c.max_steps}: raise num_train_epochs"
+                stopped = f"the data ended before max_steps={c.max_steps}: raise data.epochs"
                 break
             window.add(batch)
             tracing = jax.profiler.trace(str(self.out / "profile")) if self.step + 1 in c.profile_steps else nullcontext()
             with tracing:
-                t.state, metrics = t._step(t.state, t.frozen, place_batch(_micro_batches(batch, c), t.mesh, t.rules))
+                t.state, metrics = t._step(t.state, t.frozen, self._place(batch))
                 window.metrics.append(metrics)
                 if self.step + 1 in c.profile_steps:
                     jax.block_until_ready(t.state)
@@ -189,8 +202,13 @@ class _Run:
         self.checkpointer.wait()
         progress.close()
         finished = stopped != "SIGTERM"
-        path = t.export(self.out / ("adapter" if c.lora is not None else "model")) if c.export and finished else None
+        path = t.export(self.out / ("adapter" if c.adapter is not None else "model")) if c.export and finished else None
         return TrainResult(self.step, loss, self.eval_loss, int(t.state.skipped), path, stopped)
+
+    def _place(self, batch: dict[str, np.ndarray]) -> Any:
+        t, a = self.t, self.t.config.gradient_accumulation_steps
+        cut = {name: x.reshape(a, x.shape[0] // a, *x.shape[1:]) for name, x in t._with_virtual_tokens(batch).items()}
+        return place_batch(cut, t.mesh, t.rules)
 
     def _evaluate(self) -> str | None:
         """Why to stop, if early stopping says so."""
@@ -206,7 +224,7 @@ class _Run:
         if self.saved == self.step:
             return
         best = None if math.isinf(self.best) else self.best
-        data = {"iterator": self.data.get_state(), "best": best, "waited": self.waited, "eval_loss": self.eval_loss}
+        data = {"iterator": json.loads(self.data.get_state()), "best": best, "waited": self.waited, "eval_loss": self.eval_loss}
         metrics = {} if self.eval_loss is None else {"eval_loss": self.eval_loss}
         self.checkpointer.save(self.step, self.t.state, data=data, metrics=metrics)
         self.saved = self.step
@@ -236,7 +254,7 @@ class _Window:
         seconds = time.monotonic() - self.start
         loss, weight = sum(float(m.loss) for m in metrics), sum(float(m.weight) for m in metrics)
         rate = self.counted / seconds
-        flops = training_flops(trainer.model_config, self.squared, self.tokens, frozen=trainer.config.lora is not None)
+        flops = training_flops(trainer.model_config, self.squared, self.tokens, frozen=trainer.config.adapter is not None)
         mfu = None if peak is None or not self.tokens else flops * self.counted / self.tokens / seconds / peak
         out = {"step": step, "loss": loss / max(weight, 1e-9), "learning_rate": float(trainer.schedule(step - 1))}
         out |= {"grad_norm": float(metrics[-1].grad_norm), "tokens": self.tokens, "tokens_per_s": rate, "mfu": mfu}
@@ -251,12 +269,6 @@ def write_config(config: TrainConfig, file: Path) -> None:
     import yaml
 
     file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-
-
-def _micro_batches(batch: dict[str, np.ndarray], config: TrainConfig) -> dict[str, np.ndarray]:
-    """[B, ...] to [A, B / A, ...]."""
-    a = config.gradient_accumulation_steps
-    return {name: x.reshape(a, x.shape[0] // a, *x.shape[1:]) for name, x in batch.items()}
 
 
 @contextmanager
