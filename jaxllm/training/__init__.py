@@ -1,0 +1,1 @@
+"""Fine-tuning: data, checkpoints, objectives and the one loop."""
