@@ -41,7 +41,10 @@ def with_gradients(loss, model, hidden):
     return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(state, hidden)
 
 
-@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, {}, {"final_softcap": 2.0}, {"embed_dim": 12, "tie_embeddings": True}], ids=str)
+HEADS = [{"tie_embeddings": True}, {}, {"final_softcap": 2.0}, {"embed_dim": 12, "tie_embeddings": True}]
+
+
+@pytest.mark.parametrize("changes", HEADS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}], ids=str)
 def test_cross_entropy_and_its_gradients(batch, changes, options):
     hidden, targets, weights = batch

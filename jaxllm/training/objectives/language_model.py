@@ -15,6 +15,7 @@ def language_model(config: ObjectiveConfig) -> Objective:
             model, hidden_states(model, batch), batch["targets"], weights, label_smoothing=config.label_smoothing, z_loss=config.z_loss
         )
         total = jnp.sum(weights)
-        return loss, total, {name: (value, total) for name, value in parts.items() if name != "nll" or config.label_smoothing or config.z_loss}
+        plain = not (config.label_smoothing or config.z_loss)  # then the loss is the nll
+        return loss, total, {} if plain else {name: (value, total) for name, value in parts.items()}
 
     return objective
