@@ -46,7 +46,6 @@ def _dry_run(config: TrainConfig) -> dict[str, Any]:
     from jaxllm.tokenizers import load_tokenizer
     from jaxllm.training.data import dry_run, make_dataset
 
-    data = make_dataset(
-        config.data, load_tokenizer(resolve_model(config.model)), batch_size=config.batch_size, max_length=config.max_length, seed=config.seed
-    )
+    tokenizer = load_tokenizer(resolve_model(config.model))
+    data = make_dataset(config.data, tokenizer, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed)
     return dry_run(data, console=Console())

@@ -148,8 +148,8 @@ class Checkpointer:
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise CheckpointError(
-                f"cannot save step {step}: it needs {size / 1e9:.2f} GB and {self.folder} has {free / 1e9:.2f} GB free: make room, or lower "
-                f"keep_last. {self._intact()}"
+                f"cannot save step {step}: it needs {size / 1e9:.2f} GB and {self.folder} has {free / 1e9:.2f} GB free: make room, or "
+                f"lower keep_last. {self._intact()}"
             )
         target = files.step_folder(self.folder, step)
         staging = target.with_name(f".saving-{target.name}")
@@ -192,7 +192,8 @@ class Checkpointer:
                 manifest = files.verify(folder)
             except CheckpointError as error:
                 if isinstance(which, int):
-                    raise CheckpointError(f"{self.folder}: {error}; others there: {[other for other in present if other != step]}") from error
+                    others = [other for other in present if other != step]
+                    raise CheckpointError(f"{self.folder}: {error}; others there: {others}") from error
                 self._broken.add(step)
                 notes.append(f"{error}; it is passed over")
                 logger.warning("%s: %s", self.folder, notes[-1])
@@ -253,7 +254,9 @@ class Checkpointer:
     def _failed(self, step: int, error: Exception) -> None:
         shutil.rmtree(self.folder / f".saving-{files.step_folder(self.folder, step).name}", ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)[:500] or type(error).__name__
-        raise CheckpointError(f"cannot save step {step} in {self.folder} ({reason}): make room or choose another folder. {self._intact()}") from error
+        raise CheckpointError(
+            f"cannot save step {step} in {self.folder} ({reason}): make room or choose another folder. {self._intact()}"
+        ) from error
 
     def _intact(self) -> str:
         try:
@@ -290,7 +293,7 @@ def _to_arrays(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, leaf in _leaves(state).items():
         tree[name] = _describe(name, leaf)
         if tree[name]["kind"] == "key":
-            tree[name]["key_shape"] = list(jax.random.key_data(leaf).shape)
+            tree[name] |= {"key_shape": list(jax.random.key_data(leaf).shape), "implementation": str(jax.random.key_impl(leaf))}
             leaf = jax.random.key_data(leaf)
         if tree[name]["size"]:
             arrays[name] = leaf if isinstance(leaf, jax.Array) else np.array(leaf)  # a copy: the caller may change its own
@@ -306,7 +309,7 @@ def _abstract(saved: dict[str, Any], leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _from_array(saved: dict[str, Any], array: Any, leaf: Any) -> Any:
     if saved["kind"] == "key":
-        keys = jax.random.wrap_key_data(array, impl=saved["dtype"].removeprefix("key<").removesuffix(">"))
+        keys = jax.random.wrap_key_data(array, impl=saved["implementation"])
         return jax.device_put(keys, leaf.sharding) if getattr(leaf, "sharding", None) is not None else keys
     if saved["kind"] in ("bool", "int", "float"):
         return {"bool": bool, "int": int, "float": float}[saved["kind"]](np.asarray(array)[()])
@@ -330,5 +333,5 @@ def _compare(folder: Path, tree: dict[str, Any], leaves: dict[str, Any]) -> None
             shown = [f"{side['kind']} {side['dtype']}{side['shape']}" for side in (theirs, ours)]
             problems.append(f"its {name} is {shown[0]}, and {shown[1]} is wanted")
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"{folder} is of another model or optimiser: {'; '.join(problems[:5])}{more}: use the settings it was made with")
+        told = "; ".join(problems[:5]) + (f" (and {len(problems) - 5} more)" if len(problems) > 5 else "")
+        raise CheckpointError(f"{folder} is of another model or optimiser: {told}: use the settings it was made with")

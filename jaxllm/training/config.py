@@ -6,7 +6,8 @@ from typing import Literal
 from jaxllm.adapters import AdapterConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from jaxllm.errors import ConfigError
 from jaxllm.training.data import DataConfig
-from jaxllm.training.optim import OptimizerConfig, ScheduleConfig
+from jaxllm.training.objectives import ObjectiveConfig
+from jaxllm.training.optim import OptimizerConfig
 
 ADAPTERS = ("lora", "ia3", "prompt_tuning", "prefix_tuning")
 
@@ -40,8 +41,7 @@ class TrainConfig:
     "What to learn from."
     eval_data: DataConfig | None = None
     "What to measure the loss on, whole, at each evaluation."
-    objective: Literal["sft", "causal_lm"] = "sft"
-    "What is minimised; sft and causal_lm are the same loss on other data."
+    objective: ObjectiveConfig = ObjectiveConfig()
     lora: LoraConfig | None = None
     "Train a LoRA adapter (or rsLoRA, DoRA), and leave the model as it is."
     ia3: IA3Config | None = None
@@ -53,7 +53,6 @@ class TrainConfig:
     quantize_base: Literal["nf4", "int8"] | None = None
     "Keep the frozen model in 4 or 8 bits under the adapter (QLoRA)."
     optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
     batch_size: int = 8
     "Rows in an optimiser step, all devices and micro-batches together."
     gradient_accumulation_steps: int = 1
@@ -62,14 +61,10 @@ class TrainConfig:
     "Tokens in a row."
     max_steps: int | None = None
     "Optimiser steps; by default as many as data.epochs (1 if that says nothing either) takes."
-    precision: Literal["float32", "bfloat16", "pure_bfloat16"] = "float32"
-    "bfloat16 multiplies in bfloat16 and keeps float32 parameters; pure_bfloat16 keeps bfloat16, with stochastic rounding."
+    precision: Literal["float32", "bfloat16_mixed", "bfloat16"] = "float32"
+    "bfloat16_mixed computes in bfloat16 and keeps float32 what it trains; bfloat16 keeps that in bfloat16, rounded stochastically."
     remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = "none"
     "What the backward pass computes anew to save memory: nothing, each layer, or what is not a product of matrices."
-    z_loss: float = 0.0
-    "Weight of log(sum(exp(logits)))^2, which keeps logits from drifting."
-    label_smoothing: float = 0.0
-    "Share of each target that is spread over the vocabulary."
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     logging_steps: int = 10
@@ -84,8 +79,6 @@ class TrainConfig:
     "Keep the checkpoint with the least eval_loss too."
     early_stopping_patience: int | None = None
     "Stop after so many evaluations in a row without a lower eval_loss."
-    ema_decay: float | None = None
-    "Keep an exponential moving average of what is trained, for export; 0.999, say."
     export: bool = True
     "Write the result at the end: a Hugging Face folder, or the adapter in PEFT's format."
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -112,14 +105,12 @@ class TrainConfig:
             raise ConfigError(f"{' and '.join(adapters)} are two adapters, and a run trains one")
         if self.quantize_base is not None and not adapters:
             raise ConfigError("quantize_base freezes the model: give an adapter to train (lora, say)")
-        if adapters and self.precision == "pure_bfloat16":
-            raise ConfigError("an adapter is kept in float32: use precision=bfloat16 with it")
+        if adapters and self.precision == "bfloat16":
+            raise ConfigError("an adapter is kept in float32: use precision=bfloat16_mixed with it")
         if self.prompt_tuning is not None or self.prefix_tuning is not None:
             for name in ("data", "eval_data"):
                 if (data := getattr(self, name)) is not None and data.packing:
                     raise ConfigError(f"prompt and prefix tuning take one example a row: set {name}.packing to false")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"ema_decay must lie between 0 and 1, got {self.ema_decay}")
 
     @property
     def adapter(self) -> AdapterConfig | None:

@@ -1,157 +1,172 @@
-"""One optimiser step: gradients as float32 sums over micro-batches, divided once by what they weigh."""
+"""One step of training as one program: gradients summed over micro-batches in float32, divided once, and applied."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jaxllm.sharding import ShardingRules
+from jaxllm.training.objectives import Batch, Objective
+from jaxllm.training.optim import Schedule
+from jaxllm.training.parts import ModelParts, Params
 
-Objective = Callable[[nnx.Module, Any, jax.Array], tuple[Array, Array, dict[str, tuple[Array, Array]]]]
-Precision = Literal["float32", "bfloat16", "pure_bfloat16"]
-
-
-class TrainState(NamedTuple):
-    """All that a step changes. `skipped`: steps left out because a gradient was not finite."""
-
-    trainable: nnx.State
-    optimizer: optax.OptState
-    key: Array  # key data: it is saved as numbers
-    step: Int[Array, ""]
-    skipped: Int[Array, ""]
+Precision = Literal["float32", "bfloat16_mixed", "bfloat16"]
 
 
-class StepMetrics(NamedTuple):
-    """Sums over a step's examples. `metrics`: what the objective told, each (sum, weight)."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. `step` counts steps done, `skipped` those of them whose gradients were not finite."""
 
-    loss: Float[Array, ""]
-    weight: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    metrics: dict[str, tuple[Array, Array]]
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    step: Array
+    skipped: Array
+    key: Array
 
 
-def init_state(trainable: nnx.State, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """The state before the first step: the optimiser's moments are placed like the parameters that they are of."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(optimizer.init, trainable)
-    like = lambda moment, param: param.sharding if moment.shape == param.shape else whole
-    places = optax.tree_map_params(optimizer, like, shapes, trainable, transform_non_params=lambda _: whole)
-    scalar = lambda: jax.device_put(jnp.zeros((), jnp.int32), whole)
-    key = jax.device_put(jax.random.key_data(jax.random.key(seed)), whole)
-    return TrainState(trainable, jax.jit(optimizer.init, out_shardings=places)(trainable), key, scalar(), scalar())
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step computes: see `TrainConfig`."""
+
+    precision: Precision = "float32"
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+
+
+def init_state(params: Params, tx: optax.GradientTransformation, config: StepConfig, seed: int) -> TrainState:
+    """The state before the first step. Optimiser states are float32 and lie as their parameters do."""
+    params = dict(params)
+    wide = lambda params: {name: p.astype(jnp.float32) for name, p in params.items()}
+    # Donated buffers must not be shared: not with the model that was loaded, nor between params and their average.
+    def copy(params):
+        return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings={name: p.sharding for name, p in params.items()})(params)
+
+    mesh = next(iter(params.values())).sharding
+    whole = NamedSharding(mesh.mesh, PartitionSpec()) if isinstance(mesh, NamedSharding) else mesh
+    shapes = jax.eval_shape(lambda p: tx.init(wide(p)), params)
+    place = lambda path, leaf: _like(path, leaf, params) or whole
+    opt_state = jax.jit(lambda p: tx.init(wide(p)), out_shardings=jax.tree_util.tree_map_with_path(place, shapes))(params)
+    ema = copy({n: p.astype(jnp.float32) for n, p in params.items()}) if config.ema_decay is not None else None
+    put = lambda x: jax.device_put(x, whole)
+    # Two zeros: a buffer is donated once.
+    return TrainState(copy(params), opt_state, ema, put(jnp.int32(0)), put(jnp.int32(0)), put(jax.random.key(seed)))
 
 
 def make_train_step(
-    graph: nnx.GraphDef,
+    parts: ModelParts,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    config: StepConfig,
     state: TrainState,
-    *,
-    max_grad_norm: float | None = None,
-    precision: Precision = "float32",
-) -> Callable[[TrainState, nnx.State, Any], tuple[TrainState, StepMetrics]]:
-    """A jitted `step(state, frozen, batches)`, which gives up its state and returns the next, placed as `state` is now.
-    `batches`: the objective's batch with a leading axis of micro-batches, [A, B, ...].
+    prepare: Callable[[Any], Any] | None = None,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
+    """A jitted `step(state, frozen, batches) -> (state, metrics)`; the state given is donated.
 
-    The gradient is that of sum(loss) / sum(weight) over all micro-batches, so it does not depend on how they are cut. A step
-    whose loss or gradient is not finite changes nothing but `skipped`. `precision`: bfloat16 multiplies in bfloat16 what is
-    kept in float32; pure_bfloat16 keeps bfloat16 too, and rounds each update up or down at random, in proportion (stochastic
-    rounding), so that small ones are not lost.
+    `batches` has a leading axis of micro-batches. The loss and gradients of a step are the sums over all of them, divided once by
+    the sum of weights, so they do not depend on how the targets are spread. A step whose loss or gradients are not finite, or
+    that has no target that counts, changes nothing but `skipped`. `prepare` is applied to the model (remat, say) as it is traced.
     """
-    compute = None if precision == "float32" else jnp.bfloat16  # pure bfloat16 still has its float32: an adapter's, say
 
-    def loss(trainable, frozen, batch, key):
-        model = nnx.merge(graph, *(_cast(part, compute) for part in (trainable, frozen)))
-        loss_sum, weight_sum, metrics = objective(model, batch, key)
-        return loss_sum.astype(jnp.float32), (weight_sum.astype(jnp.float32), metrics)
+    def loss(params: Params, frozen: Params, batch: Batch, key: Array):
+        model = parts.merge(cast(params, config.precision), frozen)
+        loss_sum, weight_sum, metrics = objective(prepare(model) if prepare else model, batch, key)
+        return loss_sum, (weight_sum, metrics)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    def micro(params: Params, frozen: Params, batch: Batch, key: Array):
+        (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
+        sums = {"loss": (loss_sum, weight), **metrics}
+        return {name: g.astype(jnp.float32) for name, g in grads.items()}, sums
 
-    def one(trainable, frozen, batch, key):
-        (loss_sum, (weight_sum, metrics)), grads = gradient(trainable, frozen, batch, key)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), loss_sum, weight_sum, metrics
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
-    def step(state: TrainState, frozen: nnx.State, batches: Any) -> tuple[TrainState, StepMetrics]:
-        key = jax.random.wrap_key_data(state.key)
-        key, now = jax.random.split(key)
+    def step(state: TrainState, frozen: Params, batches: Batch):
+        key = jax.random.fold_in(state.key, state.step)
         count = jax.tree.leaves(batches)[0].shape[0]
-        if count == 1:
-            grads, loss_sum, weight_sum, metrics = one(state.trainable, frozen, jax.tree.map(lambda x: x[0], batches), now)
-        else:
-            keys = jax.random.split(now, count)
-            first = jax.eval_shape(one, state.trainable, frozen, jax.tree.map(lambda x: x[0], batches), now)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-            add = lambda sums, x: (jax.tree.map(jnp.add, sums, one(state.trainable, frozen, *x)), None)
-            (grads, loss_sum, weight_sum, metrics), _ = jax.lax.scan(add, zeros, (batches, keys))
-        scale = 1 / jnp.maximum(weight_sum, 1e-9)
-        norm = optax.global_norm(grads) * scale
-        finite = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
-        clip = 1.0 if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        grads = jax.tree.map(lambda g: g * (scale * clip), grads)
-        # optax's own clipping and skipping wrap the optimiser's state; here it stays what others expect in a checkpoint.
-        updates, opt = optimizer.update(grads, state.optimizer, state.trainable)
-        rounding = jax.random.fold_in(now, 1) if precision == "pure_bfloat16" else None
-        trainable = _apply(state.trainable, updates, rounding)
-        keep = lambda new, old: jnp.where(finite, new, old)
-        trainable, opt = jax.tree.map(keep, (trainable, opt), (state.trainable, state.optimizer))
-        skipped = state.skipped + ~finite
-        new = TrainState(trainable, opt, jax.random.key_data(key), state.step + 1, skipped)
-        return new, StepMetrics(loss_sum, weight_sum, norm, metrics)
+        first = jax.tree.map(lambda x: x[0], batches)
+        total = micro(state.params, frozen, first, jax.random.fold_in(key, 0))
+        if count > 1:
 
-    return step
+            def add(total, item):
+                batch, i = item
+                part = micro(state.params, frozen, batch, jax.random.fold_in(key, i))
+                return jax.tree.map(jnp.add, total, part), None
 
+            rest = jax.tree.map(lambda x: x[1:], batches)
+            total = jax.lax.scan(add, total, (rest, jnp.arange(1, count)))[0]
+        grads, sums = total
+        weight = sums["loss"][1]
+        norm = optax.tree.norm(grads) / weight
+        scale = 1 / weight
+        if config.max_grad_norm is not None:  # torch.nn.utils.clip_grad_norm_, its 1e-6 included
+            scale *= jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
+        grads = {name: g * scale for name, g in grads.items()}
+        good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0]) & (weight > 0)
 
-def make_eval_step(graph: nnx.GraphDef, objective: Objective, *, precision: Precision = "float32") -> Callable[..., StepMetrics]:
-    """A jitted `step(trainable, frozen, batch, key)` that changes nothing; its grad_norm is 0."""
-    compute = None if precision == "float32" else jnp.bfloat16
+        wide = {name: p.astype(jnp.float32) for name, p in state.params.items()}
+        updates, opt_state = tx.update(grads, state.opt_state, wide)
+        params = {name: p + updates[name] for name, p in wide.items()}
+        ema = state.ema
+        if ema is not None:
+            ema = {name: e + (1 - config.ema_decay) * (params[name] - e) for name, e in ema.items()}
+        if config.precision == "bfloat16":
+            params = _rounded(params, jax.random.fold_in(key, 1 << 20), state.params)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        metrics = {name: total / jnp.where(w == 0, 1, w) for name, (total, w) in sums.items()}
+        metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step - state.skipped), "weight": weight, "finite": good}
+        skipped = state.skipped + (~good).astype(jnp.int32)
+        new = TrainState(
+            keep(params, state.params), keep(opt_state, state.opt_state), keep(ema, state.ema), state.step + 1, skipped, state.key
+        )
+        return new, metrics
 
-    @jax.jit
-    def step(trainable: nnx.State, frozen: nnx.State, batch: Any, key: jax.Array) -> StepMetrics:
-        model = nnx.merge(graph, *(_cast(part, compute) for part in (trainable, frozen)))
-        loss_sum, weight_sum, metrics = objective(model, batch, key)
-        return StepMetrics(loss_sum, weight_sum, jnp.zeros(()), metrics)
-
-    return step
-
-
-def place_batch(batch: Any, mesh: Mesh, rules: ShardingRules, *, micro_batches: bool = True) -> Any:
-    """A batch of numpy arrays on the mesh: [A, B, ...] with `micro_batches` else [B, ...], B split over the rules' batch axes."""
-    spec = rules.spec((None, "batch") if micro_batches else ("batch",))
-    return jax.device_put(batch, NamedSharding(mesh, spec))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
-    if dtype is None:
-        return tree
-    # Parameters only: the scales of a quantised base are no weights.
-    wanted = lambda v: isinstance(v, nnx.Param) and v.dtype == jnp.float32
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    return jax.tree.map(lambda v: v.replace(v[...].astype(dtype)) if wanted(v) else v, tree, is_leaf=is_variable)
+def make_evaluation_step(parts: ModelParts, objective: Objective, precision: Precision):
+    """A jitted `evaluate(params, frozen, batch) -> {name: (sum, weight)}`, `loss` among the names."""
+
+    def evaluate(params: Params, frozen: Params, batch: Batch):
+        loss_sum, weight, metrics = objective(parts.merge(cast(params, precision), frozen), batch, jax.random.key(0))
+        return {"loss": (loss_sum, weight), **metrics}
+
+    return jax.jit(evaluate)
 
 
-def _apply(params: Any, updates: Any, key: jax.Array | None) -> Any:
-    """params + updates in the parameters' own types; with a key, bfloat16 is rounded stochastically."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
-
-    def add(p, u, key):
-        if key is None or p.dtype != jnp.bfloat16:
-            return (p + u).astype(p.dtype)
-        return round_stochastically(p + u.astype(jnp.float32), key)
-
-    return jax.tree.unflatten(tree, [add(*x) for x in zip(leaves, jax.tree.leaves(updates), keys, strict=True)])
+def cast(params: Params, precision: Precision) -> Params:
+    """Float parameters as they are computed with."""
+    if precision == "float32":
+        return params
+    return {name: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p for name, p in params.items()}
 
 
-def round_stochastically(x: Float[Array, "*S"], key: jax.Array) -> Float[Array, "*S"]:
-    """float32 to one of the two nearest bfloat16, at random so that the mean is x (Gupta et al., arXiv 1502.02551, section 3)."""
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+def place_batch(batches: Any, mesh: Mesh, rules: ShardingRules, *, lead: int = 1) -> Any:
+    """Host arrays [micro-batches, rows, ...] (`lead` axes before the rows) on the mesh, rows over its batch axes."""
+    sharding = NamedSharding(mesh, PartitionSpec(*(None,) * lead, rules.batch))
+    return jax.tree.map(lambda x: jax.device_put(x, sharding), batches)
+
+
+def _like(path: tuple, leaf: Any, params: Params):
+    """The sharding of the parameter that a leaf of the optimiser's state belongs to, if it has its shape."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return next((params[name].sharding for name in names if name in params and params[name].shape == leaf.shape), None)
+
+
+def _rounded(params: Params, key: Array, like: Params) -> Params:
+    """float32 to bfloat16, up or down at random with chances that keep the mean: small updates are not lost."""
+
+    def one(i: int, x: Array, dtype) -> Array:
+        if dtype != jnp.bfloat16:
+            return x.astype(dtype)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        noise = jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16).astype(jnp.uint32)
+        up = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+        return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
+
+    return {name: one(i, x, like[name].dtype) for i, (name, x) in enumerate(params.items())}

@@ -1,9 +1,8 @@
 """The one loop."""
 
-import json
-import logging
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,11 +29,10 @@ from jaxllm.training.checkpointing import Checkpointer
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.data import make_dataset
 from jaxllm.training.metrics import MetricsLog, Progress, peak_flops, training_flops
-from jaxllm.training.objectives import CausalLM
-from jaxllm.training.optim import make_optimizer, make_schedule
-from jaxllm.training.step import TrainState, init_state, make_eval_step, make_train_step, place_batch
-
-logger = logging.getLogger(__name__)
+from jaxllm.training.objectives import make_objective
+from jaxllm.training.optim import evaluation_params, make_optimizer
+from jaxllm.training.parts import Params, split_model
+from jaxllm.training.step import StepConfig, init_state, make_evaluation_step, make_train_step, place_batch
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,9 @@ class Trainer:
         self.tokenizer = load_tokenizer(self.path)
         self.total_steps = c.max_steps if c.max_steps is not None else self._count_steps()
         self.rules = fit_to_model(ShardingRules(), self.model_config, self.mesh)
-        dtype = jnp.bfloat16 if c.precision == "pure_bfloat16" else jnp.float32
+        # What is trained is kept in float32, unless that is not wanted; what is not trained needs no more than it computes with.
+        keep_float32 = c.precision == "float32" or (c.precision == "bfloat16_mixed" and c.adapter is None)
+        dtype = jnp.float32 if keep_float32 else jnp.bfloat16
         model = load_model(source, dtype=dtype, mesh=self.mesh, rules=self.rules, scan_layers=True)
         decoder = nnx.merge(model.graph, model.params)
         del model
@@ -79,39 +79,38 @@ class Trainer:
         if c.adapter is not None:
             decoder = add_adapter(decoder, c.adapter, rngs=nnx.Rngs(params=c.seed))
         decoder.remat = None if c.remat == "none" else c.remat
-        chosen = is_trainable if c.adapter is not None else nnx.Param
-        self.graph, trainable, self.frozen = nnx.split(decoder, chosen, ..., graph=False)
-        schedule = make_schedule(c.schedule, c.optimizer.learning_rate, self.total_steps)
-        self.schedule, self.optimizer = schedule, make_optimizer(c.optimizer, schedule, trainable)
-        self.state = init_state(trainable, self.optimizer, c.seed, self.mesh)
-        self.objective = CausalLM(c.z_loss, c.label_smoothing)
+        self.parts, trainable, self.frozen = split_model(decoder, is_trainable if c.adapter is not None else None)
+        self.optimizer, self.schedule = make_optimizer(c.optimizer, trainable, self.total_steps)
+        settings = StepConfig(c.precision, c.optimizer.max_grad_norm, c.optimizer.ema_decay)
+        self.state = init_state(trainable, self.optimizer, settings, c.seed)
+        self.objective = make_objective(c.objective)
         dropout = c.lora is not None and c.lora.lora_dropout > 0
         training = (lambda model, batch, key: self.objective(with_dropout(model, key), batch, key)) if dropout else self.objective
-        self._step = make_train_step(
-            self.graph, training, self.optimizer, self.state, max_grad_norm=c.optimizer.max_grad_norm, precision=c.precision
-        )
-        self._eval_step = make_eval_step(self.graph, self.objective, precision=c.precision)
+        self._step = make_train_step(self.parts, training, self.optimizer, self.schedule, settings, self.state)
+        self._evaluation_step = make_evaluation_step(self.parts, self.objective, c.precision)
 
     def train(self) -> TrainResult:
         """Runs to the last step, or until SIGTERM, on which it saves and returns. Raises CheckpointError if it cannot write."""
         c, out = self.config, Path(self.config.output_dir)
-        best = "eval_loss" if c.keep_best and c.eval_data else None
-        checkpointer = Checkpointer(out / "checkpoints", keep_last=c.keep_last, keep_best=best)
-        try:
-            run = _Run(self, checkpointer, out)
-            with _sigterm() as asked:
-                result = run.to_the_end(asked)
-        finally:
-            checkpointer.close()
-        return result
+        best = ("eval_loss", "min") if c.keep_best and c.eval_data else None
+        with Checkpointer(out / "checkpoints", keep_last=c.keep_last, keep_best=best) as checkpointer, _sigterm() as asked:
+            return _Run(self, checkpointer, out).to_the_end(asked)
 
     def export(self, out: Path) -> Path:
         """Writes what has been trained: the adapter in PEFT's format, or the model as a Hugging Face folder."""
+        model = self.model()
         if (adapter := self.config.adapter) is not None:
-            decoder = nnx.merge(self.graph, self.state.trainable, self.frozen)
-            return save_adapter(decoder, adapter, out, base_model=self.config.model, overwrite=True)
-        params = nnx.merge_state(self.state.trainable, self.frozen)
+            return save_adapter(model, adapter, out, base_model=self.config.model, overwrite=True)
+        params = nnx.split(model, graph=False)[1]
         return export_model(self.model_config, params, out, base=self.path, dtype=self.config.export_dtype, overwrite=True)
+
+    def model(self) -> nnx.Module:
+        """The decoder as it is best now: the moving average, if one is kept."""
+        return self.parts.merge(self._best_params(), self.frozen)
+
+    def _best_params(self) -> Params:
+        state = self.state
+        return state.ema if state.ema is not None else evaluation_params(self.config.optimizer, state.opt_state, state.params)
 
     def evaluate(self) -> dict[str, float]:
         """`eval_loss` and the objective's metrics over all of eval_data, each an average over its weights."""
@@ -119,10 +118,10 @@ class Trainer:
         once = replace(c.eval_data, epochs=1, shuffle=False)
         data = make_dataset(once, self.tokenizer, batch_size=c.batch_size // c.gradient_accumulation_steps, max_length=self._length)
         sums: dict[str, np.ndarray] = {}
+        params = self._best_params()
         for batch in data:
-            batch = place_batch(self._with_virtual_tokens(batch), self.mesh, self.rules, micro_batches=False)
-            m = self._eval_step(self.state.trainable, self.frozen, batch, jax.random.key(0))
-            for name, pair in {"loss": (m.loss, m.weight), **m.metrics}.items():
+            batch = place_batch(self._with_virtual_tokens(batch), self.mesh, self.rules, lead=0)
+            for name, pair in self._evaluation_step(params, self.frozen, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in pair])
         if not sums:
             raise ConfigError("eval_data has no example")
@@ -157,14 +156,15 @@ class _Run:
     def __init__(self, trainer: Trainer, checkpointer: Checkpointer, out: Path):
         self.t, self.checkpointer, self.out = trainer, checkpointer, out
         self.data = trainer.dataset()
-        self.step, self.best, self.waited, self.eval_loss, self.saved = 0, math.inf, 0, None, None
-        restored = checkpointer.restore(trainer.state)
-        if restored is not None:
+        self.step, self.best, self.waited, self.eval_loss = 0, math.inf, 0, None
+        self.evaluated = self.saved = None  # at which step it last was
+        if checkpointer.steps():
+            restored = checkpointer.restore("latest", onto=trainer.state)
             trainer.state, self.step, self.saved = restored.state, restored.step, restored.step
-            self.data.set_state(json.dumps(restored.data["iterator"]))
-            self.best, self.waited, self.eval_loss = (restored.data[name] for name in ("best", "waited", "eval_loss"))
-            self.best = math.inf if self.best is None else self.best
-            logger.warning("going on from step %d of %s", self.step, checkpointer.folder)
+            self.data.set_state(restored.iterator_state)
+            self.best, self.waited = restored.metrics.get("best", math.inf), int(restored.metrics["waited"])
+            self.eval_loss = restored.metrics.get("last_eval_loss")
+            print(f"going on from step {self.step} of {checkpointer.folder}", file=sys.stderr)
         write_config(trainer.config, out / "config.yaml")
         self.log = MetricsLog(out / "metrics.jsonl", self.step)
         self.peak = trainer.config.peak_flops or peak_flops(list(trainer.mesh.devices.flat))
@@ -188,7 +188,7 @@ class _Run:
             self.step += 1
             last = self.step == t.total_steps
             if last or self.step % c.logging_steps == 0:
-                values = window.values(t, self.step, self.peak)
+                values = window.values(t, self.step, self.data.counts["tokens"], self.peak)
                 loss, window = values["loss"], _Window()
                 self.log.write(values)
                 progress.show(self.step, values)
@@ -213,7 +213,7 @@ class _Run:
     def _evaluate(self) -> str | None:
         """Why to stop, if early stopping says so."""
         values, patience = self.t.evaluate(), self.t.config.early_stopping_patience
-        self.eval_loss = values["eval_loss"]
+        self.eval_loss, self.evaluated = values["eval_loss"], self.step
         self.log.write({"step": self.step, **values})
         self.waited = 0 if self.eval_loss < self.best else self.waited + 1
         self.best = min(self.best, self.eval_loss)
@@ -223,10 +223,13 @@ class _Run:
     def _save(self) -> None:
         if self.saved == self.step:
             return
-        best = None if math.isinf(self.best) else self.best
-        data = {"iterator": json.loads(self.data.get_state()), "best": best, "waited": self.waited, "eval_loss": self.eval_loss}
-        metrics = {} if self.eval_loss is None else {"eval_loss": self.eval_loss}
-        self.checkpointer.save(self.step, self.t.state, data=data, metrics=metrics)
+        metrics = {"waited": self.waited}
+        if self.eval_loss is not None:
+            metrics |= {"last_eval_loss": self.eval_loss, "best": self.best}
+            if self.evaluated == self.step:
+                metrics["eval_loss"] = self.eval_loss
+        data, config = self.data.get_state(), to_dict(self.t.config)
+        self.checkpointer.save(self.step, self.t.state, iterator_state=data, metrics=metrics, config=config)
         self.saved = self.step
 
 
@@ -249,19 +252,19 @@ class _Window:
         # The sum over segments of length squared is twice that of positions + 1, as near as MFU needs it.
         self.squared += float((2 * (batch["positions"] + 1) * (segments > 0)).sum())
 
-    def values(self, trainer: Trainer, step: int, peak: float | None) -> dict[str, Any]:
+    def values(self, trainer: Trainer, step: int, tokens: int, peak: float | None) -> dict[str, Any]:
         metrics = jax.device_get(self.metrics)  # waits for the steps
         seconds = time.monotonic() - self.start
-        loss, weight = sum(float(m.loss) for m in metrics), sum(float(m.weight) for m in metrics)
+        done = [m for m in metrics if m["finite"]]
+        weight = sum(float(m["weight"]) for m in done)
+        mean = lambda name: sum(float(m[name]) * float(m["weight"]) for m in done) / weight if weight else math.nan
         rate = self.counted / seconds
         flops = training_flops(trainer.model_config, self.squared, self.tokens, frozen=trainer.config.adapter is not None)
         mfu = None if peak is None or not self.tokens else flops * self.counted / self.tokens / seconds / peak
-        out = {"step": step, "loss": loss / max(weight, 1e-9), "learning_rate": float(trainer.schedule(step - 1))}
-        out |= {"grad_norm": float(metrics[-1].grad_norm), "tokens": self.tokens, "tokens_per_s": rate, "mfu": mfu}
-        for name in metrics[-1].metrics:
-            pairs = [m.metrics[name] for m in metrics]
-            out[name] = sum(float(x) for x, _ in pairs) / max(sum(float(w) for _, w in pairs), 1e-9)
-        return out | {"skipped_steps": int(trainer.state.skipped)}
+        out = {"step": step, "loss": mean("loss"), "learning_rate": float(metrics[-1]["learning_rate"])}
+        out |= {"grad_norm": float(metrics[-1]["grad_norm"]), "tokens": tokens, "tokens_per_s": rate, "mfu": mfu}
+        told = ("loss", "learning_rate", "grad_norm", "weight", "finite")
+        return out | {name: mean(name) for name in metrics[-1] if name not in told} | {"skipped_steps": int(trainer.state.skipped)}
 
 
 def write_config(config: TrainConfig, file: Path) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "Batch",
     "Objective",
     "ObjectiveConfig",
+    "ObjectiveConfig",
     "RewardModel",
     "make_objective",
     "mismatched",
