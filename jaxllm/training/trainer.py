@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.adapters import add_adapter, is_trainable, prepend_virtual_tokens, quantize_base, save_adapter, with_dropout
+from jaxllm.adapters import adapter_disabled, add_adapter, is_trainable, prepend_virtual_tokens, quantize_base, save_adapter, with_dropout
 from jaxllm.checkpoints import open_checkpoint, resolve_model
 from jaxllm.checkpoints.export import export_model
 from jaxllm.checkpoints.load import load_model
@@ -27,12 +27,14 @@ from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
 from jaxllm.tokenizers import load_tokenizer
 from jaxllm.training.checkpointing import Checkpointer
 from jaxllm.training.config import TrainConfig
-from jaxllm.training.data import make_dataset
+from jaxllm.training.data import Dataset, make_dataset
 from jaxllm.training.metrics import MetricsLog, Progress, peak_flops, training_flops
-from jaxllm.training.objectives import make_objective
+from jaxllm.training.objectives import Objective, make_objective, mismatched, reference_log_probs
 from jaxllm.training.optim import evaluation_params, make_optimizer
 from jaxllm.training.parts import Params, split_model
 from jaxllm.training.step import StepConfig, init_state, make_evaluation_step, make_train_step, place_batch
+
+_KEYS = {"lm": "messages, prompt and completion, or text", "preference": "chosen and rejected", "kto": "prompt, completion and label"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Trainer:
         self.optimizer, self.schedule = make_optimizer(c.optimizer, trainable, self.total_steps)
         settings = StepConfig(c.precision, c.optimizer.max_grad_norm, c.optimizer.ema_decay)
         self.state = init_state(trainable, self.optimizer, settings, c.seed)
-        self.objective = make_objective(c.objective)
+        self.objective = _with_reference(c)
         dropout = c.lora is not None and c.lora.lora_dropout > 0
         training = (lambda model, batch, key: self.objective(with_dropout(model, key), batch, key)) if dropout else self.objective
         self._step = make_train_step(self.parts, training, self.optimizer, self.schedule, settings, self.state)
@@ -119,8 +121,8 @@ class Trainer:
         data = make_dataset(once, self.tokenizer, batch_size=c.batch_size // c.gradient_accumulation_steps, max_length=self._length)
         sums: dict[str, np.ndarray] = {}
         params = self._best_params()
-        for batch in data:
-            batch = place_batch(self._with_virtual_tokens(batch), self.mesh, self.rules, lead=0)
+        for batch in self._fitting(data):
+            batch = place_batch(self.prepared(batch), self.mesh, self.rules, lead=0)
             for name, pair in self._evaluation_step(params, self.frozen, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in pair])
         if not sums:
@@ -131,16 +133,32 @@ class Trainer:
         """The training data from its beginning, in batches of a whole step."""
         c = self.config
         data = c.data if c.data.epochs or c.max_steps is not None else replace(c.data, epochs=1)
-        return make_dataset(data, self.tokenizer, batch_size=c.batch_size, max_length=self._length, seed=c.seed)
+        return self._fitting(make_dataset(data, self.tokenizer, batch_size=c.batch_size, max_length=self._length, seed=c.seed))
+
+    def _fitting(self, data: Dataset) -> Dataset:
+        """Raises ConfigError for records that the objective cannot read."""
+        wanted = {"tokens": "lm", "pairs": "preference", "labels": "kto"}[self.config.objective.data]
+        if data.family != wanted:
+            name = self.config.objective.name
+            raise ConfigError(f"objective {name} reads records with {_KEYS[wanted]}; the data's have {_KEYS[data.family]}")
+        if data.family == "preference" and hasattr(self.config.adapter, "num_virtual_tokens"):
+            raise ConfigError("prompt and prefix tuning on pairs are not implemented: use lora")
+        return data
 
     @property
     def _length(self) -> int:
         """Of a row of text, without the virtual tokens that come before it."""
         return self.config.max_length - getattr(self.config.adapter, "num_virtual_tokens", 0)
 
-    def _with_virtual_tokens(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        count = getattr(self.config.adapter, "num_virtual_tokens", 0)
-        return prepend_virtual_tokens(batch, self.model_config, count) if count else batch
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the objective reads, from what the data gives."""
+        if count := getattr(self.config.adapter, "num_virtual_tokens", 0):
+            batch = prepend_virtual_tokens(batch, self.model_config, count)
+        if self.config.objective.name == "kto":
+            a = self.config.gradient_accumulation_steps  # answers are exchanged within a micro-batch
+            parts = [mismatched(jax.tree.map(lambda x, i=i: np.split(x, a)[i], batch)) for i in range(a)]
+            batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        return batch
 
     def _count_steps(self) -> int:
         """The schedule must know the end, and only packing tells how many batches there will be."""
@@ -148,6 +166,23 @@ class Trainer:
         if not steps:
             raise ConfigError("the data has no example: see `data`")
         return steps
+
+
+def _with_reference(config: TrainConfig) -> Objective:
+    """The objective; where it compares with a reference, that is the model without its adapter."""
+    objective = make_objective(config.objective)
+    if config.objective.name == "reward":
+        raise ConfigError("reward: the trainer has no score head yet; use jaxllm.training.objectives.RewardModel with a step of your own")
+    if not config.objective.needs_reference:
+        return objective
+    if config.adapter is None:
+        raise ConfigError(f"{config.objective.name} compares with the model as it was, which is kept only under an adapter: give lora")
+
+    def with_reference(model, batch, key):
+        reference = jax.lax.stop_gradient(reference_log_probs(adapter_disabled(model), batch))
+        return objective(model, reference, key)
+
+    return with_reference
 
 
 class _Run:
@@ -207,7 +242,7 @@ class _Run:
 
     def _place(self, batch: dict[str, np.ndarray]) -> Any:
         t, a = self.t, self.t.config.gradient_accumulation_steps
-        cut = {name: x.reshape(a, x.shape[0] // a, *x.shape[1:]) for name, x in t._with_virtual_tokens(batch).items()}
+        cut = jax.tree.map(lambda x: x.reshape(a, x.shape[0] // a, *x.shape[1:]), t.prepared(batch))
         return place_batch(cut, t.mesh, t.rules)
 
     def _evaluate(self) -> str | None:
@@ -245,12 +280,12 @@ class _Window:
         """Time that goes to something else is not counted."""
         self.start, self.counted = time.monotonic(), 0
 
-    def add(self, batch: dict[str, np.ndarray]) -> None:
-        segments = batch["segment_ids"]
-        tokens = int((segments > 0).sum())
-        self.tokens, self.counted = self.tokens + tokens, self.counted + tokens
-        # The sum over segments of length squared is twice that of positions + 1, as near as MFU needs it.
-        self.squared += float((2 * (batch["positions"] + 1) * (segments > 0)).sum())
+    def add(self, batch: dict[str, Any]) -> None:
+        for part in [batch] if "tokens" in batch else batch.values():
+            used = part["segment_ids"] > 0
+            self.tokens, self.counted = self.tokens + int(used.sum()), self.counted + int(used.sum())
+            # The sum over segments of length squared is twice that of positions + 1, as near as MFU needs it.
+            self.squared += float((2 * (part["positions"] + 1) * used).sum())
 
     def values(self, trainer: Trainer, step: int, tokens: int, peak: float | None) -> dict[str, Any]:
         metrics = jax.device_get(self.metrics)  # waits for the steps

@@ -20,7 +20,9 @@ def kto(config: ObjectiveConfig) -> Objective:
         if "kl" not in batch:
             raise ConfigError("kto: the batch has no `kl` part; make it with `mismatched(batch)`")
         kl_policy = sequence_log_probs(model, jax.lax.stop_gradient({k: v for k, v in batch["kl"].items() if k != "reference_logps"}))[0]
-        kl = jax.lax.stop_gradient(jnp.maximum(jnp.mean(kl_policy - _reference(batch["kl"])), 0))
+        pairs = jnp.any(batch["kl"]["weights"] != 0, axis=-1)
+        kl = jnp.sum(jnp.where(pairs, kl_policy - _reference(batch["kl"]), 0)) / jnp.maximum(jnp.sum(pairs), 1)
+        kl = jax.lax.stop_gradient(jnp.maximum(kl, 0))
         ratio = sequence_log_probs(model, batch)[0] - _reference(batch)
         good = batch["labels"]
         # Neither desirable nor undesirable: what the fixed shape of a batch makes up, an empty row.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.objectives.base import Metrics, Objective, ObjectiveConfig, both, sequence_log_probs
+from jaxllm.training.objectives.base import Batch, Metrics, Objective, ObjectiveConfig, both, sequence_log_probs
 
 _KEYS = ("tokens", "targets", "weights", "segment_ids", "positions")
 
@@ -28,7 +28,7 @@ def dpo(config: ObjectiveConfig) -> Objective:
         else:
             margin, e = config.beta * (ratio_w - ratio_l), config.label_smoothing
             losses = -(1 - e) * jax.nn.log_sigmoid(margin) - e * jax.nn.log_sigmoid(-margin)
-        return _sums(losses, config.beta * ratio_w, config.beta * ratio_l)
+        return _sums(batch, losses, config.beta * ratio_w, config.beta * ratio_l)
 
     return objective
 
@@ -45,7 +45,7 @@ def orpo(config: ObjectiveConfig) -> Objective:
         w, l = chosen / jnp.maximum(chosen_n, 1), rejected / jnp.maximum(rejected_n, 1)  # noqa: E741
         odds = (w - l) - (_log1mexp(w) - _log1mexp(l))
         losses = nll - config.beta * jax.nn.log_sigmoid(odds)
-        loss, total, metrics = _sums(losses, config.beta * w, config.beta * l)
+        loss, total, metrics = _sums(batch, losses, config.beta * w, config.beta * l)
         return loss, total, metrics | {"nll": (nll * total, total)}
 
     return objective
@@ -58,7 +58,7 @@ def simpo(config: ObjectiveConfig) -> Objective:
         (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch)
         w, l = chosen / jnp.maximum(chosen_n, 1), rejected / jnp.maximum(rejected_n, 1)  # noqa: E741
         losses = -jax.nn.log_sigmoid(config.beta * (w - l) - config.simpo_gamma)
-        return _sums(losses, config.beta * w, config.beta * l)
+        return _sums(batch, losses, config.beta * w, config.beta * l)
 
     return objective
 
@@ -82,13 +82,17 @@ def _log1mexp(x: Array) -> Array:
     return jnp.where(x > -0.6931472, jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
-def _sums(losses: Array, chosen: Array, rejected: Array) -> tuple[Array, Array, Metrics]:
-    total = jnp.float32(losses.shape[0])
+def _sums(batch: Batch, losses: Array, chosen: Array, rejected: Array) -> tuple[Array, Array, Metrics]:
+    # A last batch has empty rows, which are no pairs.
+    has_text = lambda half: jnp.any(batch[half]["segment_ids"] != 0, axis=-1)
+    real = (has_text("chosen") & has_text("rejected")).astype(jnp.float32)
+    total = jnp.sum(real)
     chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
     metrics = {
-        "rewards_chosen": jnp.sum(chosen),
-        "rewards_rejected": jnp.sum(rejected),
-        "rewards_margin": jnp.sum(chosen - rejected),
-        "rewards_accuracy": jnp.sum((chosen > rejected).astype(jnp.float32)),
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected,
+        "rewards_margin": chosen - rejected,
+        "rewards_accuracy": (chosen > rejected).astype(jnp.float32),
     }
-    return jnp.sum(losses), total, {name: (value, total) for name, value in metrics.items()}
+    of_pairs = lambda x: jnp.sum(jnp.where(real > 0, x, 0))
+    return of_pairs(losses), total, {name: (of_pairs(value), total) for name, value in metrics.items()}

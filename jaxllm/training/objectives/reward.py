@@ -36,6 +36,6 @@ def reward(config: ObjectiveConfig) -> Objective:
         losses = -jax.nn.log_sigmoid(chosen - rejected)
         if config.center_rewards_coefficient is not None:
             losses += config.center_rewards_coefficient * jnp.square(chosen + rejected)
-        return _sums(losses, chosen, rejected)
+        return _sums(batch, losses, chosen, rejected)
 
     return objective
