@@ -7,13 +7,15 @@ knows nothing of the files beside them: that is why this is here.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxllm.errors import CheckpointError
 
@@ -90,6 +92,23 @@ def remove(folder: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
     os.rename(folder, retired)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def lock(folder: Path, wait_s: float = 0) -> IO[bytes] | None:
+    """The right to write in `folder`, which lasts until the file is closed or the process ends; None if another process has it."""
+    stream = open(folder / ".lock", "ab")
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return stream
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                stream.close()
+                return None
+            time.sleep(0.05)
+        except OSError:  # a file system without locks: then nobody can know
+            return stream
 
 
 def tidy(folder: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -82,13 +82,17 @@ class Checkpointer:
             probe = self.folder / ".writable"
             probe.write_bytes(b"")
             probe.unlink()
-            files.tidy(self.folder)
+            lock = files.lock(self.folder)
+            if lock is not None:  # else another process writes here, and what looks left over is its
+                files.tidy(self.folder)
+                lock.close()
         except OSError as error:
             raise CheckpointError(f"cannot write checkpoints into {self.folder} ({error.strerror}): choose another folder") from error
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future] | None = None
         self._broken: set[int] = set()
+        self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +112,9 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises CheckpointError if it could not be written."""
@@ -143,6 +150,10 @@ class Checkpointer:
         self.wait()
         if step < 0:
             raise CheckpointError(f"step is {step}; it must be 0 or more")
+        if self._lock is None and (lock := files.lock(self.folder, wait_s=2)) is None:
+            raise CheckpointError(f"another process saves checkpoints into {self.folder}: end it, or choose another folder")
+        elif self._lock is None:
+            self._lock = lock
         arrays, tree = _to_arrays(state)
         size = sum(array.nbytes for array in arrays.values())
         free = shutil.disk_usage(self.folder).free
@@ -193,7 +204,7 @@ class Checkpointer:
             except CheckpointError as error:
                 if isinstance(which, int):
                     others = [other for other in present if other != step]
-                    raise CheckpointError(f"{self.folder}: {error}; others there: {others}") from error
+                    raise CheckpointError(f"{self.folder}: {error}; other steps there: {others}") from error
                 self._broken.add(step)
                 notes.append(f"{error}; it is passed over")
                 logger.warning("%s: %s", self.folder, notes[-1])
@@ -254,9 +265,8 @@ class Checkpointer:
     def _failed(self, step: int, error: Exception) -> None:
         shutil.rmtree(self.folder / f".saving-{files.step_folder(self.folder, step).name}", ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)[:500] or type(error).__name__
-        raise CheckpointError(
-            f"cannot save step {step} in {self.folder} ({reason}): make room or choose another folder. {self._intact()}"
-        ) from error
+        fix = "make room or choose another folder"
+        raise CheckpointError(f"cannot save step {step} in {self.folder} ({reason}): {fix}. {self._intact()}") from error
 
     def _intact(self) -> str:
         try:
@@ -293,14 +303,18 @@ def _to_arrays(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, leaf in _leaves(state).items():
         tree[name] = _describe(name, leaf)
         if tree[name]["kind"] == "key":
-            tree[name] |= {"key_shape": list(jax.random.key_data(leaf).shape), "implementation": str(jax.random.key_impl(leaf))}
+            tree[name]["impl"] = str(jax.random.key_impl(leaf))
+            tree[name]["key_shape"] = list(jax.random.key_data(leaf).shape)
             leaf = jax.random.key_data(leaf)
+        tree[name]["host"] = not isinstance(leaf, jax.Array)
         if tree[name]["size"]:
             arrays[name] = leaf if isinstance(leaf, jax.Array) else np.array(leaf)  # a copy: the caller may change its own
     return arrays, tree
 
 
-def _abstract(saved: dict[str, Any], leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(saved: dict[str, Any], leaf: Any) -> Any:
+    if leaf is None and saved["host"] or isinstance(leaf, np.ndarray | np.generic | bool | int | float):
+        return np.empty(saved["shape"], jnp.dtype(saved["dtype"]))  # in NumPy's own types: jax would make 64 bits 32
     if saved["kind"] == "key":
         return jax.ShapeDtypeStruct(tuple(saved["key_shape"]), jnp.uint32, sharding=_first_device())
     sharding = getattr(leaf, "sharding", None) or _first_device()
@@ -309,13 +323,14 @@ def _abstract(saved: dict[str, Any], leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _from_array(saved: dict[str, Any], array: Any, leaf: Any) -> Any:
     if saved["kind"] == "key":
-        keys = jax.random.wrap_key_data(array, impl=saved["implementation"])
+        keys = jax.random.wrap_key_data(array, impl=saved["impl"])
         return jax.device_put(keys, leaf.sharding) if getattr(leaf, "sharding", None) is not None else keys
     if saved["kind"] in ("bool", "int", "float"):
         return {"bool": bool, "int": int, "float": float}[saved["kind"]](np.asarray(array)[()])
     if array is None:
-        array = jnp.zeros(saved["shape"], jnp.dtype(saved["dtype"]), device=getattr(leaf, "sharding", None))
-    return np.asarray(array) if isinstance(leaf, np.ndarray | np.generic) else array
+        shape, dtype = saved["shape"], jnp.dtype(saved["dtype"])
+        return np.zeros(shape, dtype) if saved["host"] else jnp.zeros(shape, dtype, device=getattr(leaf, "sharding", None))
+    return array
 
 
 def _first_device() -> jax.sharding.Sharding:
@@ -333,5 +348,6 @@ def _compare(folder: Path, tree: dict[str, Any], leaves: dict[str, Any]) -> None
             shown = [f"{side['kind']} {side['dtype']}{side['shape']}" for side in (theirs, ours)]
             problems.append(f"its {name} is {shown[0]}, and {shown[1]} is wanted")
     if problems:
-        told = "; ".join(problems[:5]) + (f" (and {len(problems) - 5} more)" if len(problems) > 5 else "")
-        raise CheckpointError(f"{folder} is of another model or optimiser: {told}: use the settings it was made with")
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        shown = "; ".join(problems[:5]) + more
+        raise CheckpointError(f"{folder} is of another model or optimiser: {shown}: use the settings it was made with")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import DataError, RequestError, TokenizerError
-from jaxllm.tokenizers import Tokenizer
+from jaxllm.tokenizers import Tokenizer, chat_template
 from jaxllm.training.data.chat_mask import message_spans
 from jaxllm.training.data.config import DataConfig
 from jaxllm.training.data.records import check_record
@@ -64,7 +64,7 @@ class Encoder:
         everything = not prompt or self.config.loss_on[0] == "all"
         encoding = self.tokenizer._encoding(prompt + completion, add_special_tokens=True)
         ids = list(encoding.ids)
-        loss = [everything or end > max(start, len(prompt)) for start, end in encoding.offsets]
+        loss = [True] * len(ids) if everything else _inside(encoding.offsets, [(len(prompt), len(prompt) + len(completion))])
         if prompt and self.config.loss_on[0] not in ("completions", "last", "all"):
             raise DataError(f"loss_on={list(self.config.loss_on)} names roles, and a prompt as text has none: use completions or all")
         if self.config.append_eos:
@@ -90,13 +90,19 @@ class Encoder:
             return _sequence(ids, [True] * len(ids))
         template = tokenizer._choose_template(self.config.chat_template, tools)
         if after is None and loss_on[0] in ("completions", "last") and _GENERATION.search(template):
-            ids, mask = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_assistant_mask=True, **options)
-            loss = np.array(mask, bool)
-            if loss_on[0] == "last" and loss.any():
-                final = int(np.flatnonzero(loss)[-1])
-                loss[: int(np.flatnonzero(~loss[: final + 1])[-1]) + 1 if not loss[: final + 1].all() else 0] = False
-            return _sequence(ids, loss)
-        if after is None:
+            rendered = chat_template.render(
+                template,
+                messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=False,
+                continue_final_message=False,
+                mark_generation=True,
+                variables={**tokenizer.special_tokens, **self.config.template_options},
+            )
+            text, spans = rendered.text, list(rendered.generation_spans)
+            spans = spans[-1:] if loss_on[0] == "last" else spans
+        elif after is None:
             text, spans = message_spans(tokenizer, messages, loss_on, render)
         else:
             roles = loss_on if loss_on[0] not in ("last", "all") else ("completions",)
@@ -104,10 +110,17 @@ class Encoder:
             before = len(render(after, True))
             spans = [(start, end) for start, end in spans if start >= before]
         encoding = tokenizer._encoding(text, add_special_tokens=False)
-        loss = np.zeros(len(encoding.ids), bool)
-        for i, (start, end) in enumerate(encoding.offsets):
-            loss[i] = any(start < span_end and end > span_start for span_start, span_end in spans)
-        return _sequence(encoding.ids, loss)
+        return _sequence(encoding.ids, _inside(encoding.offsets, spans))
+
+
+def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """Whether each token overlaps one of the spans of characters. Byte-level tokenizers leave spaces out of a token's offsets: the
+    characters between two tokens' offsets belong to the second."""
+    inside, before = [], 0
+    for start, end in offsets:
+        start, before = min(start, before), max(end, before)
+        inside.append(any(start < span_end and end > span_start for span_start, span_end in spans))
+    return inside
 
 
 def _sequence(ids: list[int], loss: Any) -> Sequence:
