@@ -39,6 +39,7 @@ class _Slot:
     index: tuple
     shape: tuple[int, ...]  # in the file
     transposed: bool = False
+    optional: bool = False  # not missed in a file
 
     @property
     def variable(self) -> nnx.Variable:
@@ -102,7 +103,7 @@ def set_tensors(model: Decoder, config: AdapterConfig, tensors: Mapping[str, np.
     for old, new in getattr(family_of(model.config.family), "ALTERNATIVE_PREFIXES", {}).items():
         tensors = {_PREFIX + new + n.removeprefix(_PREFIX + old) if n.startswith(_PREFIX + old) else n: t for n, t in tensors.items()}
     slots = list(_slots(model, config))
-    problems = [f"{slot.name} is missing" for slot in slots if slot.name not in tensors]
+    problems = [f"{slot.name} is missing" for slot in slots if slot.name not in tensors and not slot.optional]
     expected = {slot.name for slot in slots}
     problems += [f"{name} matches nothing in this adapter of a {model.config.family} model" for name in tensors if name not in expected]
     for slot in slots:
@@ -118,7 +119,7 @@ def set_tensors(model: Decoder, config: AdapterConfig, tensors: Mapping[str, np.
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{where} does not fit the model and its own configuration: {'; '.join(problems[:12])}{more}")
     host: dict[tuple[int, str], tuple[_Slot, np.ndarray]] = {}
-    for slot in slots:
+    for slot in (slot for slot in slots if slot.name in tensors):
         key = (id(slot.holder), slot.attribute)
         if key not in host:
             host[key] = slot, np.zeros(slot.variable.shape, slot.variable.dtype)
@@ -179,6 +180,8 @@ def _slots(model: Decoder, config: AdapterConfig) -> Iterator[_Slot]:
         for layer, (name, on) in enumerate(zip(site.names, which, strict=True)):
             if on:
                 yield from _of_one(f"{_PREFIX}{name}", config, name, adapter, (layer,) if site.stacked else ())
+        if site.parts == ("lm_head",):  # PEFT saves an adapted output layer's own weights too
+            yield _Slot(f"{_PREFIX}lm_head.base_layer.weight", owner.base, "weight", (), tuple(owner.base.weight.shape), optional=True)
     yield from _saved_slots(model)
 
 
