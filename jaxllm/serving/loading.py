@@ -61,7 +61,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         tokenizer = loading.result()
 
     page_size = config.page_size or (8 if on_cpu else 64)
-    a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype)
+    a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype, mesh)
     max_model_len = _max_model_len(config, model_config)
     num_pages = _num_pages(config, mesh, a_page, page_size, max_model_len)
     if (holds := (num_pages - 1) * page_size) < max_model_len:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention.tuning import pages_per_block, queries_per_block
+from pallas_kernels.ragged_paged_attention.items import expand
+from pallas_kernels.ragged_paged_attention.tuning import LANES, pages_per_block, queries_per_block, tile_rows
 
 _MASKED = -1e30  # finite: a block in which a row sees nothing must not make NaN
-_LANES = 128
 _WAVE = 32  # pieces of pages that are rewritten at a time
 _VMEM_BYTES = 32 * 2**20
 
@@ -29,7 +29,7 @@ def ragged_paged_attention_tpu(
         raise ValueError(f"page_size {kv_pages.shape[3]} is not a multiple of {tile}, as TPU tiles of {kv_pages.dtype} need")
     kv_pages = _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, decode_only=decode_only, interpret=interpret)
     sinks = jnp.full(num_heads, _MASKED, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    sinks = jnp.broadcast_to(sinks[:, None], (num_heads, _LANES))
+    sinks = jnp.broadcast_to(sinks[:, None], (num_heads, LANES))
     options = dict(scale=scale, window=window, softcap=softcap, interpret=interpret)
     out = _decode(q, kv_pages, page_table, kv_lens, counts, sinks, **options)
     rows = jnp.arange(tokens)[:, None, None]
@@ -38,20 +38,6 @@ def ragged_paged_attention_tpu(
     chunks = _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, **options)
     written = (rows >= counts[0]) & (rows < query_starts[counts[1]])
     return jnp.where(rows < counts[0], out, jnp.where(written, chunks, 0)), kv_pages
-
-
-def tile_rows(dtype) -> int:
-    """Rows of a TPU tile: the least that can be written to a page on its own."""
-    return 32 // jnp.dtype(dtype).itemsize
-
-
-def _expand(numbers: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A list with numbers[n] entries for each n: the n of each and its place among them (entries past the last repeat it), and
-    how many there are [1]."""
-    ends = jnp.cumsum(numbers)
-    entry = jnp.minimum(jnp.arange(most, dtype=jnp.int32), jnp.maximum(ends[-1] - 1, 0))
-    owner = jnp.minimum(jnp.sum(entry[:, None] >= ends, axis=1, dtype=jnp.int32), len(numbers) - 1)
-    return owner, entry - (ends - numbers)[owner], ends[-1:].astype(jnp.int32)
 
 
 # New keys and values. A tile of a page is the least that can be written: it is read, the new rows are put in, it goes back.
@@ -71,7 +57,7 @@ def _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, decode_
     tiles = jnp.where(count > 0, (kv_lens - 1) // tile - first_tile + 1, 0)
     most = sequences if decode_only else tokens // tile + 2 * sequences
     most = -(-most // _WAVE) * _WAVE
-    n, place, total = _expand(tiles, most)
+    n, place, total = expand(tiles, most)
     position = (first_tile[n] + place) * tile
     page, row = page_table[n, position // page_size], position % page_size
     first, last = jnp.maximum(start[n] - position, 0), jnp.minimum(kv_lens[n] - position, tile)
@@ -165,7 +151,7 @@ def _attend_block(h, rows, queries, kv, visible, in_range, top, total, out, *, s
     mixed = product(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())))
     out[rows] = out[rows] * keep + mixed
     total[rows] = total[rows] * keep + jnp.sum(weights, axis=-1, keepdims=True)
-    top[rows] = jnp.broadcast_to(new_top, (new_top.shape[0], _LANES))
+    top[rows] = jnp.broadcast_to(new_top, (new_top.shape[0], LANES))
 
 
 def _fetch(action, pages, table, n, first_page, num_pages, block, buffer, done):
@@ -182,7 +168,7 @@ def _start_state(sinks, rows_each, top, total, out):
     """A sink is a key that every query sees, with its own logit and no value."""
     for head in range(sinks.shape[0]):
         rows = pl.ds(head * rows_each, rows_each)
-        sink = jnp.broadcast_to(sinks[pl.ds(head, 1)], (rows_each, _LANES))
+        sink = jnp.broadcast_to(sinks[pl.ds(head, 1)], (rows_each, LANES))
         top[rows] = sink
         total[rows] = jnp.where(sink > _MASKED, 1.0, 0.0)
     out[...] = jnp.zeros_like(out)
@@ -204,7 +190,7 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(sequences,),
-            in_specs=[block, pl.BlockSpec((num_heads, _LANES), lambda n, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[block, pl.BlockSpec((num_heads, LANES), lambda n, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
                 *_buffers(kv_pages, page_table),
@@ -289,7 +275,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
     begin, end = query_starts[:-1], query_starts[1:]
     blocks = jnp.where((n >= counts[0]) & (n < counts[1]) & (end > begin), (end - 1) // size - begin // size + 1, 0)
     most = padded // size + sequences
-    owner, place, total = _expand(blocks, most)
+    owner, place, total = expand(blocks, most)
     item_block = jnp.clip(begin[owner] // size + place, 0, padded // size - 1).astype(jnp.int32)
 
     block = pl.BlockSpec((num_heads, size, head_dim), lambda i, blocks, *_: (0, blocks[i], 0))
@@ -299,7 +285,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(most,),
-            in_specs=[block, pl.BlockSpec((num_heads, _LANES), lambda i, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[block, pl.BlockSpec((num_heads, LANES), lambda i, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
                 *_buffers(kv_pages, page_table),
@@ -381,7 +367,7 @@ def _buffers(kv_pages: jax.Array, page_table: jax.Array) -> list:
 
 def _state(rows: int, head_dim: int) -> list:
     """The running softmax: maximum, sum of weights, sum of values."""
-    return [pltpu.VMEM((rows, _LANES), jnp.float32), pltpu.VMEM((rows, _LANES), jnp.float32), pltpu.VMEM((rows, head_dim), jnp.float32)]
+    return [pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((rows, head_dim), jnp.float32)]
 
 
 def _cost(keys: int, queries: int, items: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype, kv_dtype) -> pl.CostEstimate:
