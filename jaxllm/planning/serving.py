@@ -100,7 +100,7 @@ def plan_serving(
         if isinstance(result, str):
             continue
         compiled, seconds = result
-        held, cost, tokens = memory(compiled), Program(compiled.as_text()).cost(), buckets[which].tokens
+        held, cost, tokens = memory(compiled), Program(compiled.as_text(), topology.chip.platform).cost(), buckets[which].tokens
         used["temporaries"] = max(used["temporaries"], held["temporaries"])
         used["other"] = max(used["other"], held["arguments"] - parameters - kv_cache + held["results"] + held["code"])
         keys = max_num_seqs * max_model_len if which == "decode" else tokens
