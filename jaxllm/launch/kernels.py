@@ -22,20 +22,20 @@ class Config(Command):
 
     Example:
 
-      jaxllm kernels --chips v5e v6e
-      jaxllm kernels --chips h100 --every
+      jaxllm kernels --chip v5e --chip v6e
+      jaxllm kernels --chip h100 --every
     """
 
-    chips: tuple[str, ...]
-    "Among v5e, v5p, v6e, v7x, a100, l4, h100, h200 and b200."
+    chip: tuple[str, ...]
+    "One or more of v5e, v5p, v6e, v7x, a100, l4, h100, h200 and b200."
     every: bool = False
     "Every combination of features (hundreds; minutes to hours), not each by itself."
     threads: int = 2
     "Compilations at a time."
 
     def __post_init__(self) -> None:
-        if not self.chips:
-            raise ConfigError("chips must name at least one chip")
+        if not self.chip:
+            raise ConfigError("chip must name at least one chip")
         if self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
 
@@ -51,13 +51,13 @@ def run(config: Config) -> dict[str, Any]:
 
     cases = all_cases() if config.every else some_cases()
     # A name that is not known is refused by find_topology, with the near ones.
-    topologies = [find_topology(f"{chip}:{CHIPS[chip].usual[0]}" if chip in CHIPS else chip) for chip in config.chips]
+    topologies = [find_topology(f"{chip}:{CHIPS[chip].usual[0]}" if chip in CHIPS else chip) for chip in config.chip]
     reports: list[KernelReport] = []
     for topology in topologies:
         tell = lambda r: print(f"{r.chip}: {r.case}: {r.problem or f'{r.compile_s:.1f} s'}", file=sys.stderr, flush=True)
         reports += compile_kernels(topology, cases, threads=config.threads, progress=tell)
     if not config.json:
-        _print(config.chips, reports)
+        _print(config.chip, reports)
     failed = [r for r in reports if r.problem]
     if failed:
         first = f"{failed[0].case} for {failed[0].chip}: {failed[0].problem}"

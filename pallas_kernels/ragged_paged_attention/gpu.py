@@ -216,7 +216,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, out, 
     most = -(-tokens // size) + sequences
     owner, place, total = expand(jnp.where((n >= counts[0]) & (n < counts[1]), -(-number // size), 0), most)
     most_keys = page_table.shape[1] * page_size
-    seen = most_keys if window is None else min(most_keys, window + size)
+    seen = most_keys if window is None else min(most_keys, window + size - 1)
     read = 2 * -(-tokens // size) * seen * num_kv_heads * head_dim * kv_pages.dtype.itemsize
     with_sinks = sinks is not None
     return _call(

@@ -64,7 +64,9 @@ def _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, decode_
     token = query_starts[n] if decode_only else query_starts[n] + position - start[n] + pad
     scalars = [x.astype(jnp.int32) for x in (page, row, first, last, token)]
 
-    moved = most * (2 * 2 * num_kv_heads * tile * head_dim * kv_pages.dtype.itemsize + 2 * num_kv_heads * fresh * head_dim * 4)
+    tile_bytes = 2 * num_kv_heads * tile * head_dim * kv_pages.dtype.itemsize
+    pieces = sequences if decode_only else tokens // tile + sequences  # a sequence begins and ends within a tile
+    moved = pieces * (2 * tile_bytes + 2 * num_kv_heads * fresh * head_dim * 4)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         partial(_write_kernel, tile=tile, fresh=fresh, heads=num_kv_heads),
@@ -199,7 +201,7 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((sequences, num_heads, head_dim), q.dtype),
-        cost_estimate=_cost(keys, 1, sequences, num_heads, num_kv_heads, head_dim, q.dtype, kv_pages.dtype),
+        cost_estimate=_cost(q, kv_pages, keys, 1, sequences, window),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_decode",
@@ -293,7 +295,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(by_head.shape, q.dtype),
-        cost_estimate=_cost(keys, size, padded // size, num_heads, num_kv_heads, head_dim, q.dtype, kv_pages.dtype),
+        cost_estimate=_cost(q, kv_pages, keys, size, padded // size, window),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_chunks",
@@ -370,11 +372,18 @@ def _state(rows: int, head_dim: int) -> list:
     return [pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((rows, head_dim), jnp.float32)]
 
 
-def _cost(keys: int, queries: int, items: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype, kv_dtype) -> pl.CostEstimate:
-    """Of `items`, each with so many queries and keys: all that the shapes have room for."""
+def _cost(q: jax.Array, kv_pages: jax.Array, keys: int, queries: int, items: int, window: int | None) -> pl.CostEstimate:
+    """Of `items`, each with so many queries and keys: all that the shapes have room for. Bytes are those that copies move: whole
+    pages, and with a window on average one page more than it is wide."""
+    _, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, page_size, _ = kv_pages.shape
+    seen, copied = keys, keys
+    if window is not None:
+        seen, copied = min(keys, window), min(keys, window + queries - 1 + page_size - 1)
     return pl.CostEstimate(
-        flops=4 * items * keys * queries * num_heads * head_dim,
-        transcendentals=items * keys * queries * num_heads,
-        bytes_accessed=2 * items * keys * num_kv_heads * head_dim * jnp.dtype(kv_dtype).itemsize
-        + 2 * items * queries * num_heads * head_dim * jnp.dtype(dtype).itemsize,
+        flops=4 * items * seen * queries * num_heads * head_dim,
+        transcendentals=items * seen * queries * num_heads,
+        bytes_accessed=2 * items * copied * num_kv_heads * head_dim * kv_pages.dtype.itemsize
+        + 2 * items * queries * num_heads * head_dim * q.dtype.itemsize
+        + num_heads * LANES * 4,  # sinks
     )

@@ -37,18 +37,23 @@ class GpuBlocks(NamedTuple):
 
 def decode_blocks(group: int, head_dim: int, dtype) -> GpuBlocks:
     """`group` query heads share the keys."""
-    rows = max(16, 1 << (group - 1).bit_length())
-    wide = head_dim * jnp.dtype(dtype).itemsize
-    return GpuBlocks(rows, 64 if wide <= 256 else 32, 4, 3 if wide <= 256 else 2)
+    rows, keys = max(16, 1 << (group - 1).bit_length()), _room(head_dim, dtype)[1]
+    return GpuBlocks(rows, keys, 4, 3 if keys == 64 else 2)
 
 
 def chunk_blocks(group: int, head_dim: int, dtype, tokens: int) -> GpuBlocks:
-    """As many rows as there can be, up to 128; fewer where their sums would not fit in registers."""
-    wide = head_dim * jnp.dtype(dtype).itemsize
-    room = 128 if wide <= 256 else 64
+    """As many rows as there is room for, and no more than the heads of all tokens."""
+    room, keys = _room(head_dim, dtype)
     needed = 1 << (group * min(tokens, room) - 1).bit_length()
     rows = max(16, 1 << (group - 1).bit_length(), min(room, needed))
-    return GpuBlocks(rows, 64 if wide <= 256 else 32, 8 if rows * head_dim > 64 * 64 else 4, 2)
+    return GpuBlocks(rows, keys, 8 if rows * head_dim > 64 * 64 else 4, 2)
+
+
+def _room(head_dim: int, dtype) -> tuple[int, int]:
+    """Rows of queries, and keys, that a block has registers and shared memory for: 99 KiB are on every GPU since sm_80."""
+    if jnp.dtype(dtype).itemsize == 2:
+        return (128, 64) if head_dim <= 128 else (64, 32)
+    return (64, 32) if head_dim <= 128 else (32, 16)
 
 
 def decode_splits(most_keys: int, keys: int) -> tuple[int, int]:
