@@ -8,7 +8,7 @@ from typing import Any
 from jaxllm.errors import ConfigError
 
 GPUS_OF_A_HOST = 8
-REMEDY = "compiling for GPUs needs jax's CUDA plugin, of 5 GB, in an environment of its own: pip install 'jaxllm[cuda]' rich"
+REMEDY = "compiling for GPUs needs jax's CUDA plugin, of 5 GB, in an environment of its own: pip install 'jaxllm[cuda]'"
 
 
 @dataclass(frozen=True)

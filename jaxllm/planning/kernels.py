@@ -121,4 +121,3 @@ def _compile(topology: Topology, case: KernelCase) -> KernelReport:
     copied = held["temporaries"] + held["results"] > _PAGES_BYTES // 4
     report = replace(report, compile_s=time.perf_counter() - start, temporaries=held["temporaries"])
     return replace(report, problem="it makes a second copy of the cache") if copied else report
-
