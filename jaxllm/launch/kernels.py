@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Command):
-    """Compile ragged paged attention for TPUs and GPUs that are not here, and list what compiles. Fails if anything does not.
+    """Compile ragged paged attention for TPUs and GPUs that are not here, and list what compiles. Fails if anything does not;
+    `xla` stands where a chip's own kernels cannot and XLA's programs take their place, with the reason below.
 
     TPUs need libtpu (jaxllm[plan]), GPUs jax's CUDA plugin (jaxllm[cuda]).
 
@@ -54,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
     topologies = [find_topology(f"{chip}:{CHIPS[chip].usual[0]}" if chip in CHIPS else chip) for chip in config.chip]
     reports: list[KernelReport] = []
     for topology in topologies:
-        tell = lambda r: print(f"{r.chip}: {r.case}: {r.problem or f'{r.compile_s:.1f} s'}", file=sys.stderr, flush=True)
+        tell = lambda r: print(f"{r.chip}: {r.case}: {r.problem or r.reason or f'{r.compile_s:.1f} s'}", file=sys.stderr, flush=True)
         reports += compile_kernels(topology, cases, threads=config.threads, progress=tell)
     if not config.json:
         _print(config.chip, reports)
@@ -76,5 +77,12 @@ def _print(chips: tuple[str, ...], reports: list[KernelReport]) -> None:
     for report in reports:
         by_case.setdefault(report.case, {})[report.chip] = report
     for case, row in by_case.items():
-        table.add_row(str(case), *("no" if row[chip].problem else f"{row[chip].compile_s:.1f} s" for chip in chips))
-    Console().print(table)
+        table.add_row(str(case), *(_cell(row[chip]) for chip in chips))
+    console = Console()
+    console.print(table)
+    for reason in dict.fromkeys(f"{r.chip}: {r.reason}" for r in reports if r.reason):
+        console.print(f"xla: {reason}")
+
+
+def _cell(report: KernelReport) -> str:
+    return "no" if report.problem else "xla" if report.reason else f"{report.compile_s:.1f} s"

@@ -22,7 +22,8 @@ _PAGES_BYTES = 2**28  # so large that a copy of it would be seen
 
 @dataclass(frozen=True)
 class KernelCase:
-    """Ragged paged attention of some kind. `heads` query heads for `kv_heads`; `sinks`, `decode_only` and so on as the op has them."""
+    """Ragged paged attention of some kind: `heads` query heads for `kv_heads`; pages of `kv_dtype` if not of the queries' type; `sinks`,
+    `decode_only` and so on as the op has them."""
 
     head_dim: int = 128
     dtype: str = "bfloat16"
@@ -33,16 +34,19 @@ class KernelCase:
     softcap: float | None = None
     sinks: bool = False
     decode_only: bool = False
+    kv_dtype: str | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.dtype} {self.heads}:{self.kv_heads} x {self.head_dim}, pages of {self.page_size}"]
+        parts += [f"{self.kv_dtype} cache"] if self.kv_dtype else []
         parts += [name for name in ("window", "softcap", "sinks") if getattr(self, name)]
         return ", ".join([*parts, "decode only" if self.decode_only else "mixed"])
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A case compiled for a chip. `problem`: why it is not, or what is wrong with it; bytes are of temporaries."""
+    """A case compiled for a chip. `problem`: why it is not, or what is wrong with it; bytes are of temporaries. `reason`: why the
+    chip's own kernels cannot, so that XLA's programs take their place."""
 
     chip: str
     case: KernelCase
@@ -50,9 +54,11 @@ class KernelReport:
     compile_s: float
     temporaries: int
     problem: str | None
+    reason: str | None = None
 
 
 HEAD_DIMS, DTYPES, PAGE_SIZES = (64, 80, 96, 128, 256), ("bfloat16", "float32"), (16, 32, 64, 128, 256)
+KV_DTYPES = ("float8_e4m3fn", "int8")
 GROUPS = ((4, 4), (9, 3), (8, 1), (16, 1), (71, 1))
 _FEATURES = ({"window": 1000}, {"softcap": 30.0}, {"sinks": True})
 _ALL = {"window": 1000, "softcap": 30.0, "sinks": True}
@@ -63,7 +69,8 @@ def some_cases() -> list[KernelCase]:
     sizes = [KernelCase(head_dim=d, dtype=t, **f) for d, t, f in itertools.product(HEAD_DIMS, DTYPES, ({}, _ALL))]
     features = [KernelCase(**f, decode_only=d) for f, d in itertools.product(({}, *_FEATURES), (False, True))]
     groups = [KernelCase(heads=h, kv_heads=k) for h, k in GROUPS]
-    return list(dict.fromkeys([*sizes, *features, *groups, *(KernelCase(page_size=p) for p in PAGE_SIZES)]))
+    bytes_ = [KernelCase(head_dim=d, kv_dtype=t, **f) for d, t, f in itertools.product((64, 128), KV_DTYPES, ({}, _ALL))]
+    return list(dict.fromkeys([*sizes, *features, *groups, *(KernelCase(page_size=p) for p in PAGE_SIZES), *bytes_]))
 
 
 def all_cases() -> list[KernelCase]:
@@ -72,7 +79,11 @@ def all_cases() -> list[KernelCase]:
     product = itertools.product(HEAD_DIMS, DTYPES, sets, (False, True), PAGE_SIZES)
     crossed = [KernelCase(head_dim=d, dtype=t, **f, decode_only=o, page_size=p) for d, t, f, o, p in product]
     groups = [KernelCase(heads=h, kv_heads=k, head_dim=d) for (h, k), d in itertools.product(GROUPS, HEAD_DIMS)]
-    return list(dict.fromkeys([*crossed, *groups]))
+    bytes_ = [
+        KernelCase(head_dim=d, kv_dtype=t, **f, decode_only=o, page_size=p)
+        for d, t, f, o, p in itertools.product(HEAD_DIMS, KV_DTYPES, ({}, _ALL), (False, True), PAGE_SIZES[1:])
+    ]
+    return list(dict.fromkeys([*crossed, *groups, *bytes_]))
 
 
 def compile_kernels(
@@ -91,29 +102,31 @@ def compile_kernels(
 
 def _compile(topology: Topology, case: KernelCase) -> KernelReport:
     implementation, width = topology.chip.platform, page_width(topology.chip.platform, case.head_dim)
+    kv_dtype = jnp.dtype(case.kv_dtype or case.dtype)
+    capability = getattr(topology.devices[0], "compute_capability", None) if implementation == "gpu" else None
     report = KernelReport(topology.chip.name, case, implementation, 0.0, 0, None)
-    if reason := unsupported(implementation, case.page_size, width, case.dtype):
-        return replace(report, problem=reason)
+    if reason := unsupported(implementation, case.page_size, width, kv_dtype, capability):
+        return replace(report, implementation="xla", reason=reason)
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
     shape = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     wide = partial(shape, dtype=jnp.dtype(case.dtype))
     tokens = _SEQUENCES if case.decode_only else _TOKENS
-    page_bytes = 2 * case.kv_heads * case.page_size * width * jnp.dtype(case.dtype).itemsize
-    pages = wide(_PAGES_BYTES // page_bytes, 2, case.kv_heads, case.page_size, width)
+    page_bytes = 2 * case.kv_heads * case.page_size * width * kv_dtype.itemsize
+    pages = shape(_PAGES_BYTES // page_bytes, 2, case.kv_heads, case.page_size, width, dtype=kv_dtype)
     q, k = (wide(tokens, heads, case.head_dim) for heads in (case.heads, case.kv_heads))
     table = shape(_SEQUENCES, _KEYS // case.page_size)
-    sinks = [shape(case.heads, dtype=jnp.float32)] if case.sinks else []
+    more = {"sinks": shape(case.heads, dtype=jnp.float32)} if case.sinks else {}
+    more |= {"kv_scales": shape(2, case.kv_heads, dtype=jnp.float32)} if kv_dtype.itemsize == 1 else {}
     options = dict(scale=case.head_dim**-0.5, window=case.window, softcap=case.softcap, decode_only=case.decode_only)
 
-    def attend(*arrays):
-        given = {"sinks": arrays[8]} if case.sinks else {}
-        return ragged_paged_attention(*arrays[:8], **given, **options, implementation=implementation)
+    def attend(*arrays, **more):
+        return ragged_paged_attention(*arrays, **more, **options, implementation=implementation)
 
     start = time.perf_counter()
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jax.jit(attend, donate_argnums=3).lower(
-                q, k, k, pages, table, shape(_SEQUENCES), shape(_SEQUENCES + 1), shape(2), *sinks
+                q, k, k, pages, table, shape(_SEQUENCES), shape(_SEQUENCES + 1), shape(2), **more
             )
             held = memory(lowered.compile())
     except Exception as error:  # compilers raise anything: it is what the report is for

@@ -26,6 +26,7 @@ def ragged_paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
     decode_only: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -48,6 +49,8 @@ def ragged_paged_attention(
       window: how many positions a query sees, its own included; None: all.
       softcap: scores become softcap * tanh(score / softcap).
       sinks: [Hq], a logit for each head that takes part in the softmax and has no value (attention sinks).
+      kv_scales: float32 [2, Hk], what the keys and values that pages hold are to be multiplied by, for each head. Pages may be
+        float8_e4m3fn or int8: what is written is divided by its scale and, if out of range, becomes the largest there is.
       decode_only: no sequence has more than one new token (counts[0] == counts[1]): the program is half the size.
       implementation: None picks one by JAX's default platform and what it can do: `xla` runs everywhere, `tpu` are Mosaic kernels,
         `gpu` are Triton kernels.
@@ -76,6 +79,10 @@ def ragged_paged_attention(
             raise ValueError(f"{name} must be int32, not {array.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
+    if kv_scales is None and kv_pages.dtype == jnp.int8:
+        raise ValueError("pages of int8 need kv_scales: without them keys and values would be rounded to whole numbers")
+    if kv_scales is not None and kv_scales.shape != (2, num_kv_heads):
+        raise ValueError(f"kv_scales {kv_scales.shape} must be [2, {num_kv_heads}]")
     if implementation is None:
         implementation = best_implementation(jax.default_backend(), *kv_pages.shape[3:], kv_pages.dtype)
     if implementation not in get_args(Implementation):
@@ -84,9 +91,16 @@ def ragged_paged_attention(
         raise NotImplementedError(f"implementation={implementation!r} of ragged_paged_attention: {reason}; 'xla' runs everywhere")
     if pad := kv_pages.shape[4] - head_dim:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad))) for x in (q, k, v))
+    if kv_scales is not None:  # a scale of keys may as well be one of queries, and one of values one of results
+        of_heads = jnp.repeat(kv_scales, num_heads // num_kv_heads, axis=1)[..., None]
+        k, v = (x.astype(jnp.float32) / s[:, None] for x, s in zip((k, v), kv_scales, strict=True))
+        q = (q.astype(jnp.float32) * of_heads[0]).astype(q.dtype)
     options = dict(scale=scale, window=window, softcap=softcap, sinks=sinks, decode_only=decode_only)
     out, kv_pages = _function(implementation)(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, **options)
-    return out[..., :head_dim], kv_pages
+    out = out[..., :head_dim]
+    if kv_scales is not None:
+        out = (out.astype(jnp.float32) * of_heads[1]).astype(out.dtype)
+    return out, kv_pages
 
 
 @cache
@@ -121,12 +135,15 @@ def unsupported(implementation: Implementation, page_size: int, width: int, kv_d
     if implementation == "gpu":
         if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
             return f"jax {jax.__version__} has no Triton lowering of Pallas"
-        if kv_dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            return f"the GPU kernels have float32, bfloat16 and float16 pages, not {kv_dtype}"
+        if kv_dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn):
+            return f"the GPU kernels have pages of float32, bfloat16, float16, int8 and float8_e4m3fn, not {kv_dtype}"
         if width > 256:
             return f"a head of {width} does not fit a GPU's registers beside its sums: 256 is the most"
         if compute_capability is not None and not compute_capability.startswith("gfx") and float(compute_capability) < 8:
             return f"the GPU kernels are for compute capability 8.0 and later, not {compute_capability}"
+        if kv_dtype == jnp.float8_e4m3fn and compute_capability is not None:
+            if compute_capability.startswith("gfx") or float(compute_capability) < 8.9:
+                return f"Triton has float8_e4m3fn for compute capability 8.9 and later, not {compute_capability}"
     return None
 
 

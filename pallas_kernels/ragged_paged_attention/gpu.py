@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.ragged_paged_attention.items import expand, token_places
+from pallas_kernels.ragged_paged_attention.stored import LIMITS, as_stored
 from pallas_kernels.ragged_paged_attention.tuning import GpuBlocks, chunk_blocks, decode_blocks, decode_splits
 
 _MASKED = -1e30  # finite: a block in which a row sees nothing must not make NaN
@@ -29,8 +30,11 @@ def ragged_paged_attention_gpu(
     q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks, decode_only, interpret=False
 ):
     """See `api.ragged_paged_attention`."""
-    if q.dtype != kv_pages.dtype:
+    if q.dtype != kv_pages.dtype and kv_pages.dtype not in LIMITS:
         raise ValueError(f"queries of {q.dtype} over pages of {kv_pages.dtype}: the GPU kernels need them alike, implementation='xla' not")
+    if kv_pages.dtype in LIMITS and 2**31 < kv_pages.size <= 2**32:
+        raise ValueError(f"Triton miscounts in 2 to 4 GiB of {kv_pages.dtype}, as kv_pages {kv_pages.shape} are: make them fewer or more")
+    k, v = as_stored(k, kv_pages.dtype), as_stored(v, kv_pages.dtype)
     kv_pages = _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, interpret)
     out = jnp.zeros(q.shape, q.dtype)  # each launch fills in its own rows
     options = dict(scale=scale, window=window, softcap=softcap, interpret=interpret)
@@ -68,8 +72,7 @@ def _write_kernel(pages, slots, k, v, _, out, *, block):
     lane = _lanes(block, width)
     mask = (page < num_pages) & (lane < head_dim) & (token < tokens)
     for part, new in enumerate((k, v)):
-        rows = plgpu.load(new.at[token, h, lane], mask=mask, other=0.0)
-        plgpu.store(out.at[page, part, h, slot, lane], rows.astype(out.dtype), mask=mask)
+        plgpu.store(out.at[page, part, h, slot, lane], plgpu.load(new.at[token, h, lane], mask=mask), mask=mask)
 
 
 def _attend(q, positions, pages, table, n, h, low, high, top, total, out, *, keys, scale, window, softcap):
@@ -83,6 +86,11 @@ def _attend(q, positions, pages, table, n, h, low, high, top, total, out, *, key
     product = partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     lane = _lanes(keys, width)
 
+    def load(places, mask):
+        if pages.dtype == q.dtype:
+            return plgpu.load(places, mask=mask, other=0.0)
+        return jnp.where(mask, plgpu.load(places, mask=mask).astype(q.dtype), 0.0)  # Triton has no zero of float8
+
     def step(block, carry):
         top, total, out = carry
         position = block * keys + lax.iota(jnp.int32, keys)
@@ -92,7 +100,7 @@ def _attend(q, positions, pages, table, n, h, low, high, top, total, out, *, key
         mask = _column(inside, width)
         if width != head_dim:
             mask &= lane < head_dim
-        key = plgpu.load(pages.at[page, 0, h, slot, lane], mask=mask, other=0.0)
+        key = load(pages.at[page, 0, h, slot, lane], mask)
         scores = product(q, key, (((1,), (1,)), ((), ())))
         scores = scores * (scale * _LOG2_E) if softcap is None else softcap * _LOG2_E * jnp.tanh(scores * (scale / softcap))
         seen, own = _row(position, rows), _column(positions, keys)
@@ -103,7 +111,7 @@ def _attend(q, positions, pages, table, n, h, low, high, top, total, out, *, key
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(visible, jnp.exp2(scores - _column(new_top, keys)), 0.0)
         keep = jnp.exp2(top - new_top)
-        value = plgpu.load(pages.at[page, 1, h, slot, lane], mask=mask, other=0.0)
+        value = load(pages.at[page, 1, h, slot, lane], mask)
         mixed = product(weights.astype(value.dtype), value, (((1,), (0,)), ((), ())))
         return new_top, total * keep + jnp.sum(weights, axis=1), out * _column(keep, width) + mixed
 
@@ -117,7 +125,7 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, out, *, scale, wind
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences, most_keys = page_table.shape[0], page_table.shape[1] * page_size
-    blocks = decode_blocks(num_heads // num_kv_heads, head_dim, kv_pages.dtype)
+    blocks = decode_blocks(num_heads // num_kv_heads, head_dim, q.dtype)
     splits, split = decode_splits(most_keys, blocks.keys)
     # With a window, a sequence has keys in a few splits only: those are numbered from the first.
     used = splits if window is None else min(splits, -(-window // split) + 1)
@@ -209,7 +217,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, out, 
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences, group = page_table.shape[0], num_heads // num_kv_heads
-    blocks = chunk_blocks(group, head_dim, kv_pages.dtype, tokens)
+    blocks = chunk_blocks(group, head_dim, q.dtype, tokens)
     size = blocks.rows // group  # tokens of an item
     n = jnp.arange(sequences)
     number = query_starts[1:] - query_starts[:-1]

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.items import expand
+from pallas_kernels.ragged_paged_attention.stored import LIMITS, as_stored
 from pallas_kernels.ragged_paged_attention.tuning import LANES, pages_per_block, queries_per_block, tile_rows
 
 _MASKED = -1e30  # finite: a block in which a row sees nothing must not make NaN
@@ -46,7 +47,7 @@ def ragged_paged_attention_tpu(
 def _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, decode_only, interpret):
     tokens, num_kv_heads, head_dim = k.shape
     sequences, page_size, tile = page_table.shape[0], kv_pages.shape[3], tile_rows(kv_pages.dtype)
-    new = jnp.concatenate([k, v], axis=1).astype(kv_pages.dtype).astype(jnp.float32)  # of 4 bytes a row can be taken from a tile
+    new = as_stored(jnp.concatenate([k, v], axis=1), kv_pages.dtype).astype(jnp.float32)  # of 4 bytes a row can be taken from a tile
     fresh = 1 if decode_only else tile  # rows that are new in a tile at most
     pad = 0 if decode_only else tile
     new = jnp.pad(new, ((pad, pad), (0, 0), (0, 0)))
@@ -135,13 +136,14 @@ def _write_kernel(page, row, first, last, token, total, new, _, pages, fresh_row
 def _attend_block(h, rows, queries, kv, visible, in_range, top, total, out, *, scale, softcap):
     """Adds a block of keys to the running softmax of kv head h (Dao et al., arXiv 2205.14135).
 
-    queries [R, D]; kv [pages, 2, heads, page_size, D], a block in vector memory; visible [R, keys]; in_range [keys, 1]: whether
-    the key is the sequence's. `rows` are those of the running maximum `top`, sum `total` (their lanes all alike) and sum `out`.
+    queries [R, D], in the type of the products; kv [pages, 2, heads, page_size, D], a block in vector memory; visible [R, keys];
+    in_range [keys, 1]: whether the key is the sequence's. `rows` are those of the running maximum `top`, sum `total` (their lanes
+    all alike) and sum `out`.
     """
-    keys, values = (kv[:, part, h].reshape(-1, kv.shape[-1]) for part in (0, 1))
+    keys, values = (kv[:, part, h].reshape(-1, kv.shape[-1]).astype(queries.dtype) for part in (0, 1))
     precision = jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
     product = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-    scores = product(queries.astype(keys.dtype), keys, (((1,), (1,)), ((), ()))) * scale
+    scores = product(queries, keys, (((1,), (1,)), ((), ()))) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible, scores, _MASKED)
@@ -154,6 +156,11 @@ def _attend_block(h, rows, queries, kv, visible, in_range, top, total, out, *, s
     out[rows] = out[rows] * keep + mixed
     total[rows] = total[rows] * keep + jnp.sum(weights, axis=-1, keepdims=True)
     top[rows] = jnp.broadcast_to(new_top, (new_top.shape[0], LANES))
+
+
+def _product_type(q, pages):
+    """The pages' own, but of pages of a byte a number the queries'."""
+    return q.dtype if pages.dtype in LIMITS else pages.dtype
 
 
 def _fetch(action, pages, table, n, first_page, num_pages, block, buffer, done):
@@ -254,7 +261,7 @@ def _decode_kernel(
             queries = q[0].astype(jnp.float32)
             for h in range(heads):
                 rows = pl.ds(h * group, group)
-                mine = queries[h * group : (h + 1) * group]
+                mine = queries[h * group : (h + 1) * group].astype(_product_type(q, buffers))
                 _attend_block(h, rows, mine, buffers.at[slot], visible, in_range, top, total, out, scale=scale, softcap=softcap)
             turn[0] = 1 - slot
 
@@ -350,7 +357,7 @@ def _chunk_kernel(
             in_range = (key((block_keys, 1), 0) >= first) & (key((block_keys, 1), 0) < last)
             for h in range(heads):
                 rows = pl.ds(h * group * size, group * size)
-                mine = q[pl.ds(h * group, group)].reshape(group * size, head_dim)
+                mine = q[pl.ds(h * group, group)].reshape(group * size, head_dim).astype(_product_type(q, buffers))
                 _attend_block(h, rows, mine, buffers.at[slot], visible, in_range, top, total, out, scale=scale, softcap=softcap)
 
         jax.lax.fori_loop(start, stop, attend, None)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.items import token_places
+from pallas_kernels.ragged_paged_attention.stored import as_stored
 from pallas_kernels.row_sum import row_sum
 
 _SEQUENCE_BLOCK = 8
@@ -77,7 +78,7 @@ def ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_sta
 def write_kv(k, v, kv_pages, page_table, kv_lens, query_starts, counts):
     """Scatters k and v [T, Hk, D] into their pages; padding tokens go nowhere."""
     page, slot = token_places(len(k), page_table, kv_lens, query_starts, counts, kv_pages.shape[0], kv_pages.shape[3])
-    kv = jnp.stack([k, v], axis=1).astype(kv_pages.dtype)
+    kv = as_stored(jnp.stack([k, v], axis=1), kv_pages.dtype)
     return kv_pages.at[page, :, :, slot].set(kv, mode="drop")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.ragged_paged_attention import api, best_implementation, page_width, ragged_paged_attention, unsupported
 from pallas_kernels.ragged_paged_attention.reference import ragged_paged_attention_reference
+from pallas_kernels.ragged_paged_attention.stored import as_stored
 
 attention = partial(jax.jit, static_argnames=("scale", "window", "softcap"))(ragged_paged_attention)
 
@@ -91,6 +92,8 @@ def test_a_row_is_bitwise_the_same_whoever_shares_the_batch():
         ({"page_table": np.zeros((SEQUENCES, COLUMNS), np.int16)}, "must be int32"),
         ({"window": 0}, "window"),
         ({"sinks": np.zeros(2, np.float32)}, r"sinks \(2,\) must be \[4\]"),
+        ({"kv_scales": np.zeros(2, np.float32)}, r"kv_scales \(2,\) must be \[2, 2\]"),
+        ({"kv_pages": np.zeros((PAGES, 2, 2, 8, 16), np.int8)}, "int8 need kv_scales"),
         ({"implementation": "cuda"}, "is none of xla, tpu, gpu"),
         ({"implementation": "tpu"}, "pages are 16 wide, which is not a multiple of a TPU's 128 lanes: make them 128 wide"),
     ],
@@ -130,7 +133,9 @@ def test_pages_wider_than_heads(implementation, monkeypatch):
         ("cuda", 16, 64, "float32", None, "gpu"),
         ("gpu", 16, 64, "bfloat16", "7.5", "8.0 and later, not 7.5"),
         ("gpu", 16, 512, "bfloat16", "9.0", "256 is the most"),
-        ("gpu", 16, 64, "int8", "9.0", "not int8"),
+        ("gpu", 16, 64, "float8_e4m3fn", "8.0", "8.9 and later, not 8.0"),
+        ("tpu", 16, 128, "int8", None, "page_size 16 is not a multiple of 32"),
+        ("gpu", 16, 64, "int16", "9.0", "not int16"),
     ],
 )
 def test_the_best_implementation(platform, page_size, width, dtype, capability, expected):
@@ -139,3 +144,34 @@ def test_the_best_implementation(platform, page_size, width, dtype, capability, 
         assert best == expected and unsupported(best, page_size, width, dtype, capability) is None
     else:
         assert best == "xla" and expected in unsupported(platform, page_size, width, dtype, capability)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
+def test_pages_of_a_byte(implementation, dtype, monkeypatch):
+    """The very bytes of the reference are written, and read as it reads them; what is too large becomes the largest there is."""
+    q, k, v, pages, *rest = make_batch((4, [1] * 4 + [20], [5, 60, 37, 0, 13], 0), 32, 4, 2, 128)
+    k[3] *= 1000
+    scales = np.array([[0.02, 0.05], [0.03, 0.04]], np.float32)
+    pages = np.nan_to_num(pages / scales.T[0][:, None, None]).clip(-100, 100).astype(dtype)
+    if implementation != "xla":
+        interpreted = partial(api._function(implementation), interpret=True)
+        monkeypatch.setattr(api, "_function", lambda _: interpreted)
+    expected, expected_pages = ragged_paged_attention_reference(q, k, v, pages, *rest, scale=0.1, kv_scales=scales, softcap=20.0)
+    out, pages = ragged_paged_attention(
+        *map(jnp.asarray, (q, k, v, pages, *rest)), scale=0.1, kv_scales=jnp.asarray(scales), softcap=20.0, implementation=implementation
+    )
+    assert pages.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(pages, np.float32), expected_pages.astype(np.float32))
+    np.testing.assert_allclose(out[:24], expected[:24], atol=2e-5)
+
+
+def test_how_near_pages_of_a_byte_are():
+    arrays = make_batch((6, [1] * 6 + [30], [5, 100, 37, 150, 8, 64, 50], 3), 8, 4, 2, 64)
+    q, k, v, pages, *rest = (np.nan_to_num(a) for a in arrays)
+    expected, _ = ragged_paged_attention_reference(q, k, v, pages, *rest, scale=0.125)
+    for dtype, scale, near in ((jnp.float8_e4m3fn, None, 0.15), (jnp.int8, 5 / 127, 0.04)):
+        scales = None if scale is None else jnp.full((2, 2), scale)
+        stored = as_stored(jnp.asarray(pages) / (scale or 1), dtype)
+        out, _ = attention(q, k, v, stored, *rest, scale=0.125, kv_scales=scales)
+        assert np.abs(out[:36] - expected[:36]).max() < near

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxllm.launch.__main__ import main
@@ -49,11 +50,20 @@ def test_wrong_flags(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_a_chip_cannot_do_is_a_failure(monkeypatch, capsys):
+def test_what_a_chip_cannot_do_is_said(monkeypatch, capsys):
     """Pages of 8 are less than a TPU's tile of bfloat16."""
     from jaxllm.planning import Topology, chips
 
     monkeypatch.setattr("jaxllm.planning.find_topology", lambda name: Topology(name, chips.CHIPS["v6e"], ()))
     monkeypatch.setattr("jaxllm.planning.kernels.some_cases", lambda: [KernelCase(page_size=8)])
+    assert main(["kernels", "--chip", "v6e"]) == 0
+    assert "xla: v6e: page_size 8 is not a multiple of 16" in capsys.readouterr().out
+
+
+def test_what_does_not_compile_is_a_failure(monkeypatch, capsys):
+    from jaxllm.planning import Topology, chips
+
+    monkeypatch.setattr("jaxllm.planning.find_topology", lambda name: Topology(name, chips.CHIPS["v6e"], tuple(jax.devices())))
+    monkeypatch.setattr("jaxllm.planning.kernels.some_cases", lambda: [KernelCase()])  # TPU kernels, but devices of a CPU
     assert main(["kernels", "--chip", "v6e"]) == 1
-    assert "1 of 1 did not compile as they should" in (said := capsys.readouterr().err) and "not a multiple of 16" in said
+    assert "1 of 1 did not compile as they should, the first bfloat16 8:2 x 128" in capsys.readouterr().err
