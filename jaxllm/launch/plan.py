@@ -42,7 +42,9 @@ class Config(Command):
     page_size: int = 64
     "Tokens in a page of the KV cache."
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    "Of weights and KV cache."
+    "Of weights, and of the KV cache."
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
+    "Of the KV cache, if another."
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size"):
@@ -68,6 +70,7 @@ def run(config: Config) -> dict[str, Any]:
         max_num_batched_tokens=config.max_num_batched_tokens,
         page_size=config.page_size,
         dtype=jnp.dtype(config.dtype),
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     if not config.json:
         _print(config, plan)

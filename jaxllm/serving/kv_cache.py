@@ -105,6 +105,11 @@ def num_cache_heads(config: ModelConfig, rules: ShardingRules, mesh: Mesh) -> in
     return max(config.num_kv_heads, shards)
 
 
+def cache_dtype(name: str, dtype) -> jnp.dtype:
+    """Of the KV cache, by its name in EngineConfig, with a model of `dtype`."""
+    return jnp.dtype(jnp.float8_e4m3fn if name in ("fp8", "fp8_e4m3") else dtype)
+
+
 def page_bytes(config: ModelConfig, heads: int, page_size: int, dtype, mesh: Mesh) -> int:
     """Bytes of one page in all layers, on all devices together."""
     return config.num_layers * 2 * heads * page_size * _width(config, mesh) * jnp.dtype(dtype).itemsize
