@@ -118,7 +118,7 @@ GPU_TEXT = r"""HloModule step, is_scheduled=true
 ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
   %a = bf16[64,128]{1,0} parameter(0)
   %kernel = bf16[64,128]{1,0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", \
-backend_config={grid_x = 32 : i32, ir = "ML\EFR(", name = "k", serialized_metadata = "{\22flops\22: \2270\22, \22bytes_accessed\22: \2250\22}"}
+backend_config={ir = "ML\EFR(", serialized_metadata = "{\22flops\22: \2270\22, \22bytes_accessed\22: \2250\22}"}
   ROOT %copied = bf16[64,128]{1,0:S(1)} copy(%kernel)
 }
 """.replace("\\\n", "")
