@@ -43,6 +43,8 @@ class ModelCommand(Command):
     "End the answer before this text."
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     "Of weights and activations; auto fits the device."
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
+    "Of the KV cache; auto is dtype, and fp8 takes half of bfloat16's memory."
     max_model_len: int | None = None
     "Longest prompt plus answer, in tokens; by default the model's own limit, as far as memory allows."
     tensor_parallel_size: int = 1
@@ -62,6 +64,7 @@ def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool, enable_
 
     options = {
         "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": config.max_model_len,
         "warmup": config.warmup,

@@ -19,7 +19,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.kv_cache import num_cache_heads, page_bytes
+from jaxllm.serving.kv_cache import cache_dtype, num_cache_heads, page_bytes
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.runner import Runner
 from jaxllm.serving.scheduler import SchedulerConfig
@@ -64,8 +64,9 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         model = _fuse(read()) if on_cpu and not scan and mesh.size == 1 else read()
         tokenizer = loading.result()
 
+    kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
     page_size = config.page_size or (8 if on_cpu else 64)
-    a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype)
+    a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, kv_dtype, mesh)
     max_model_len = _max_model_len(config, model_config)
     num_pages = _num_pages(config, mesh, a_page, page_size, max_model_len)
     if (holds := (num_pages - 1) * page_size) < max_model_len:
@@ -91,6 +92,8 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         limits,
         num_pages=num_pages,
         dtype=dtype,
+        kv_dtype=kv_dtype,
+        attention_backend=config.attention_backend,
         mesh=mesh,
         rules=rules,
         # Nothing but a lone sequence that takes nothing from others is sure never to meet another number of rows.
