@@ -1,6 +1,6 @@
 """The adapter goldens: folders that PEFT wrote, and what it computed with them."""
 
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ ADAPTERS = FOLDER / "adapters"
 CASES = sorted(path.parent.name for path in ADAPTERS.glob("*/golden.npz"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def model(case: str, scan_layers: bool) -> Model:
     folder = Path(MODELS / case)
     return load_model(open_checkpoint(folder), dtype=jnp.float32, mesh=make_mesh(), rules=ShardingRules(), scan_layers=scan_layers)

@@ -18,6 +18,7 @@ class EngineConfig:
     Attributes:
       model: a folder, a `.gguf` file, a hub name (`owner/name`), or `demo`.
       tokenizer: where its tokenizer is, if not with the model.
+      adapter: a folder in PEFT's format whose adapter (LoRA, DoRA or IA3) is merged into the weights at load, so that it costs nothing.
       dtype: of weights and KV cache; `auto` is the checkpoint's own on TPU and GPU, and float32 on the CPU.
       kv_cache_dtype: of the KV cache; `auto` is dtype, `fp8` (or `fp8_e4m3`) float8_e4m3fn: half of bfloat16's memory, with four
         significant bits; keys and values are stored as they are (scale 1), those beyond 448 as 448.
@@ -47,6 +48,7 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = None
+    adapter: str | None = None
     dtype: Dtype = "auto"
     kv_cache_dtype: CacheDtype = "auto"
     attention_backend: AttentionBackend = "auto"
@@ -100,7 +102,7 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than a token for each of max_num_seqs={self.max_num_seqs}"
             )
-        for name, what in (("record", "file"), ("bundle", "folder")):
+        for name, what in (("record", "file"), ("bundle", "folder"), ("adapter", "folder")):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} must name a {what}, not {value!r}")

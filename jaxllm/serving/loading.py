@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import psutil
 from flax import nnx
 
+from jaxllm.adapters import merge_into, read_adapter_config
 from jaxllm.checkpoints import open_checkpoint, resolve_model
 from jaxllm.checkpoints.load import Model, load_model
 from jaxllm.errors import ConfigError
@@ -53,13 +53,20 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     source = open_checkpoint(path)
     dtype = _dtype(config.dtype, source.config, on_cpu)
     scan = config.scan_layers if config.scan_layers is not None else not on_cpu
+    if config.adapter is not None:
+        read_adapter_config(config.adapter)  # what is wrong with it is said before the weights are read
     model_config = config_from_hf(source.config)
     rules = fit_to_model(ShardingRules(), model_config, mesh)
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(lambda: None if config.skip_tokenizer_init else _tokenizer(config, path))  # while weights are read
         # What is wrong with the tokenizer is raised at the next tensor, not when all have been read.
         check = lambda _: loading.done() and loading.result()
-        read = partial(load_model, source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
+        options = dict(dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
+
+        def read() -> Model:
+            model = load_model(source, **options)
+            return model if config.adapter is None else merge_into(model, config.adapter, base_model=config.model)
+
         # Over several devices each would have parts of the wrong projections.
         model = _fuse(read()) if on_cpu and not scan and mesh.size == 1 else read()
         tokenizer = loading.result()

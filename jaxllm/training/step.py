@@ -66,18 +66,16 @@ def make_train_step(
     schedule: Schedule,
     config: StepConfig,
     state: TrainState,
-    prepare: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
     """A jitted `step(state, frozen, batches) -> (state, metrics)`; the state given is donated.
 
     `batches` has a leading axis of micro-batches. The loss and gradients of a step are the sums over all of them, divided once by
     the sum of weights, so they do not depend on how the targets are spread. A step whose loss or gradients are not finite, or
-    that has no target that counts, changes nothing but `skipped`. `prepare` is applied to the model (remat, say) as it is traced.
+    that has no target that counts, changes nothing but `skipped`.
     """
 
     def loss(params: Params, frozen: Params, batch: Batch, key: Array):
-        model = parts.merge(cast(params, config.precision), frozen)
-        loss_sum, weight_sum, metrics = objective(prepare(model) if prepare else model, batch, key)
+        loss_sum, weight_sum, metrics = objective(parts.merge(cast(params, config.precision), frozen), batch, key)
         return loss_sum, (weight_sum, metrics)
 
     def micro(params: Params, frozen: Params, batch: Batch, key: Array):

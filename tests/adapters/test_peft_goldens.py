@@ -104,7 +104,8 @@ def test_fields_left_at_none_or_false_and_notes_of_the_writer_are_accepted(tmp_p
     folder = tmp_path / "old"
     shutil.copytree(ADAPTERS / "lora_llama", folder)
     values = json.loads((folder / "adapter_config.json").read_text())
-    few = {k: values[k] for k in ("peft_type", "r", "lora_alpha", "target_modules")} | {"auto_mapping": {"parent_library": "x"}, "new": None}
+    few = {k: values[k] for k in ("peft_type", "r", "lora_alpha", "target_modules")}
+    few |= {"auto_mapping": {"parent_library": "x"}, "new": None}
     (folder / "adapter_config.json").write_text(json.dumps(few))
     assert read_adapter_config(folder).r == 4
 

@@ -37,7 +37,7 @@ CASES = {  # name: (golden model, configuration)
         ),
     ),
     "lora_layers_to_transform": ("llama_mqa_bias", LoraConfig(r=2, layers_to_transform=[0, 2], use_rslora=True, **ATTENTION, **LM)),
-    "lora_save_modules": ("llama_gqa", LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head", "post_attention_layernorm"], **ATTENTION, **LM)),
+    "lora_save_modules": ("llama_gqa", LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head", "post_attention_layernorm"], **ATTENTION, **LM)),  # noqa: E501
     "dora_llama": ("llama_mqa_bias", LoraConfig(r=2, use_dora=True, **ALL, **LM)),
     "dora_layers": ("qwen3", LoraConfig(r=2, use_dora=True, layers_to_transform=[1], **ATTENTION, **LM)),
     "dora_gpt2": ("gpt2", LoraConfig(r=2, use_dora=True, target_modules=["c_attn", "c_fc"], **LM)),

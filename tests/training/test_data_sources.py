@@ -193,7 +193,8 @@ def test_a_file_that_changes_under_the_run(tmp_path):
 
 
 def test_dry_run_shows_and_leaves_the_dataset_alone(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [GOOD, {"messages": 3}, {"messages": [{"role": "user", "content": "[red]x"}, *GOOD["messages"]]}])
+    twice = {"messages": [{"role": "user", "content": "[red]x"}, *GOOD["messages"]]}
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD, {"messages": 3}, twice])
     dataset = dataset_of(path, epochs=1, shuffle=False, on_bad_record="skip")
     before = dataset.get_state()
     stream = io.StringIO()
