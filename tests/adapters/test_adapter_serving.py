@@ -48,8 +48,8 @@ def test_generate_takes_an_adapter(tmp_path, capsys):
     save_adapter(adapted, config, tmp_path / "adapter", base_model=str(folder))
     texts = []
     for more in ([], ["--adapter", str(tmp_path / "adapter")]):
-        argv = ["generate", "--model", str(folder), "--prompt", "hello there", "--max-tokens", "8", "--max-model-len", "64", "--json", *more]
-        assert main(argv) in (0, None)
+        argv = ["generate", "--model", str(folder), "--prompt", "hello there", "--max-tokens", "8", "--max-model-len", "64", "--json"]
+        assert main([*argv, *more]) in (0, None)
         texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["token_ids"])
     assert texts[0] != texts[1]
 
