@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.adapters.config import AdapterConfig, IA3Config, LoraConfig
 from jaxllm.adapters.layers import IA3, Adapted, FusedAdapted, Lora
@@ -31,7 +32,7 @@ def add_adapter(model: Decoder, config: AdapterConfig, *, rngs: nnx.Rngs, dtype=
     model = _copy(model)
     if not isinstance(config, (LoraConfig, IA3Config)):
         model.virtual = nnx.data(VirtualTokens(model.config, config, model.embed_tokens, rngs=rngs, dtype=dtype))
-        return model
+        return _beside_the_base(model)
     chosen = targeted(model, config)
     _save_modules(model, config)
     for site, which in chosen:
@@ -42,7 +43,23 @@ def add_adapter(model: Decoder, config: AdapterConfig, *, rngs: nnx.Rngs, dtype=
             setattr(owner, site.parts[0], Adapted(linears[0], adapter))
         else:
             setattr(at(model, site.owner[:-1]), site.owner[-1], FusedAdapted(at(model, site.owner), adapter, site.parts, site.rows))
-    return model
+    return _beside_the_base(model)
+
+
+def _beside_the_base(model: Decoder) -> Decoder:
+    """The model with what the adapter brought on all the devices that its base is on: it is small, so each has it whole."""
+    base = model.embed_tokens[...]
+    sharding = None if isinstance(base, jax.core.Tracer) else getattr(base, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return model
+    whole, devices = NamedSharding(sharding.mesh, PartitionSpec()), sharding.device_set
+    graph, state = nnx.split(model, graph=False)
+
+    def place(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        return variable if value.sharding.device_set == devices else variable.replace(jax.device_put(value, whole))
+
+    return nnx.merge(graph, jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def _make(model: Decoder, config, site: Site, which: tuple[bool, ...], linears: list, rngs: nnx.Rngs, dtype) -> Lora | IA3:

@@ -40,7 +40,7 @@ def test_greedy_tokens_are_those_of_pefts_logits(name, options):
     assert got != [output.outputs[0].token_ids[0] for output in plain]
 
 
-def test_generate_takes_an_adapter(tmp_path, capsys):
+def test_generate_takes_an_adapter(tmp_path, capfd):
     folder = write_llama(tmp_path / "model", tokenizer=True)
     made = load_model(open_checkpoint(folder), dtype=np.float32, mesh=make_mesh(), rules=ShardingRules())
     config = LoraConfig(r=4, target_modules="all-linear", lora_alpha=32)
@@ -50,7 +50,7 @@ def test_generate_takes_an_adapter(tmp_path, capsys):
     for more in ([], ["--adapter", str(tmp_path / "adapter")]):
         argv = ["generate", "--model", str(folder), "--prompt", "hello there", "--max-tokens", "8", "--max-model-len", "64", "--json"]
         assert main([*argv, *more]) in (0, None)
-        texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["token_ids"])
+        texts.append(json.loads(capfd.readouterr().out.splitlines()[-1])["token_ids"])
     assert texts[0] != texts[1]
 
 
