@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PROMPT ?= The three laws of robotics are
 
-.PHONY: demo test test-all lint docs notebooks clean
+.PHONY: demo test test-all test-gpu-aot lint docs notebooks clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.core
@@ -16,6 +16,15 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+
+# The GPU kernels and plans, compiled for chips that are not here by the CUDA plugin: 5 GB in an environment of its own.
+test-gpu-aot: .venv-gpu/.done
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -q tests/gpu_aot
+
+.venv-gpu/.done: pyproject.toml constraints.txt
+	@python=$${PYTHON:-$$(.ci/find-python)} && "$$python" -m venv .venv-gpu
+	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,cuda]"
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,7 +41,7 @@ notebooks: $(VENV)/.dev
 
 # Only what make and the tools made.
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: installed once, and again when the requirements change. A venv whose making was cut short has no working pip.

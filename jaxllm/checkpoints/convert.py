@@ -70,9 +70,9 @@ def convert(model: str | os.PathLike, out: str | os.PathLike, *, dtype: Dtype | 
         folder = write_safetensors(
             out,
             _tensors(source, dtype),
-            _config(source.config, most),
+            hf_config(source.config, most),
             overwrite=overwrite,
-            copy_files=_companions(path, source, Path(scratch)),
+            copy_files=companions(path, source, Path(scratch)),
         )
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     files = sorted(file.name for file in folder.iterdir())
@@ -100,7 +100,7 @@ def _tensors(source: TensorSource, dtype: str | None) -> Iterator[tuple[str, np.
         yield name, x
 
 
-def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def hf_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json that says what the tensors are, under the key that it used: transformers 5 calls it `dtype`, older ones `torch_dtype`."""
     model_type = config["model_type"]
     out = {"architectures": [_CLASSES.get(model_type, f"{model_type.capitalize()}ForCausalLM")], **config}
@@ -112,7 +112,7 @@ def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return out
 
 
-def _companions(path: Path, source: TensorSource, scratch: Path) -> list[Path]:
+def companions(path: Path, source: TensorSource, scratch: Path) -> list[Path]:
     """The files to put beside the weights: those of a folder as they are, or made in `scratch` from what a GGUF file says."""
     folder = path if path.is_dir() else None
     found = [folder / name for name in _COMPANIONS if (folder / name).exists()] if folder else []

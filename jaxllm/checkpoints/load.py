@@ -96,12 +96,12 @@ def check_names(source: TensorSource) -> ModelConfig:
 
 def _plan(source: TensorSource, config: ModelConfig, state: nnx.State) -> list[_Parameter]:
     """Pairs every parameter with its tensors; raises one CheckpointError with all that does not fit."""
-    names = _weight_names(source, config)
+    names = weight_names(source, config)
     parameters, used, problems = [], set(), []
     flat = nnx.to_flat_state(state)
     scanned = any(path[0] == "blocks" for path, _ in flat)
     for path, variable in flat:
-        key, layers = _layers_of(path, config, scanned)
+        key, layers = layers_of(path, config, scanned)
         weights = tuple(replace(names[key], name=names[key].name.format(i=i)) for i in layers)
         stacked = path[0] == "blocks"
         shape = tuple(variable.shape)
@@ -127,7 +127,7 @@ def _plan(source: TensorSource, config: ModelConfig, state: nnx.State) -> list[_
     return parameters
 
 
-def _weight_names(source: TensorSource, config: ModelConfig) -> dict[str, Weight]:
+def weight_names(source: TensorSource, config: ModelConfig) -> dict[str, Weight]:
     """The family's weight map, spelled as this checkpoint spells it: some exports leave a prefix out, or move it."""
     family = family_of(config.family)
     names = family.weights(config)
@@ -140,7 +140,7 @@ def _weight_names(source: TensorSource, config: ModelConfig) -> dict[str, Weight
     return names
 
 
-def _layers_of(path: tuple, config: ModelConfig, scanned: bool) -> tuple[str, list[int]]:
+def layers_of(path: tuple, config: ModelConfig, scanned: bool) -> tuple[str, list[int]]:
     """The path as the weight maps spell it ("layers.{i}.mlp.up_proj.weight"), and the layers that the parameter holds."""
     period = config.period
     repeats = config.num_layers // period if scanned else 0

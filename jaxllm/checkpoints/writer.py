@@ -94,7 +94,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_s
     total = held = 0
 
     def flush() -> None:
-        _write_file(folder / f"part-{len(shards)}", shard)
+        write_file(folder / f"part-{len(shards)}", shard)
         shards.append(list(shard))
         shard.clear()
 
@@ -127,7 +127,8 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_s
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one safetensors file, and waits until it is on the disk."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     # Readers that map the file want every tensor aligned: the widest types come first.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))

@@ -29,6 +29,8 @@ class ModelCommand(Command):
     "A folder, a .gguf file, a hub name (owner/name), or `demo` (135M parameters, about 100 MB, fetched once)."
     tokenizer: str | None = None
     "Folder or hub name of the tokenizer, when it is not the model's own."
+    adapter: str | None = None
+    "Folder of an adapter in PEFT's format (LoRA, DoRA, IA3), which is merged into the model's weights."
     max_tokens: int = 256
     "Stop after this many new tokens."
     temperature: float = 0.0
@@ -43,6 +45,8 @@ class ModelCommand(Command):
     "End the answer before this text."
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     "Of weights and activations; auto fits the device."
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
+    "Of the KV cache; auto is dtype, and fp8 takes half of bfloat16's memory."
     max_model_len: int | None = None
     "Longest prompt plus answer, in tokens; by default the model's own limit, as far as memory allows."
     tensor_parallel_size: int = 1
@@ -62,6 +66,7 @@ def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool, enable_
 
     options = {
         "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
         "max_model_len": config.max_model_len,
         "warmup": config.warmup,
@@ -73,7 +78,7 @@ def load_model(config: ModelCommand, *, max_num_seqs: int, warmup: bool, enable_
         unset = {field.name: field.default for field in fields(config)}
         options = {name: value for name, value in options.items() if value != unset[name]}
     print(f"loading {config.model} ...", file=sys.stderr, flush=True)
-    return LLM(config.model, tokenizer=config.tokenizer, record=config.record, bundle=config.bundle, **options)
+    return LLM(config.model, tokenizer=config.tokenizer, adapter=config.adapter, record=config.record, bundle=config.bundle, **options)
 
 
 def sampling_params(config: ModelCommand) -> SamplingParams:

@@ -41,6 +41,10 @@ class Config(Command):
     "Pages in the KV cache; by default as many as all requests need, as far as memory allows."
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     "Of weights and KV cache; auto fits the device."
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
+    "Of the KV cache, if another."
+    attention_backend: Literal["auto", "xla", "tpu", "gpu"] = "auto"
+    "auto takes the device's own kernels where they can do it."
     tensor_parallel_size: int = 1
     "Devices to split the model over."
     overwrite: bool = False
@@ -64,6 +68,7 @@ def run(config: Config) -> dict[str, Any]:
         name: getattr(config, name)
         for name in (
             "max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size", "num_pages", "dtype", "tensor_parallel_size",
+            "kv_cache_dtype", "attention_backend",
         )
     }  # fmt: skip
     start = time.perf_counter()
@@ -76,6 +81,8 @@ def run(config: Config) -> dict[str, Any]:
                 "num_pages": llm.engine.pool.capacity,
                 "dtype": llm.engine.runner.dtype.name,
                 "tensor_parallel_size": config.tensor_parallel_size,
+                "kv_cache_dtype": config.kv_cache_dtype,
+                "attention_backend": config.attention_backend,
             }
             manifest = write_manifest(folder, llm.engine.runner.cache, settings)
     except OSError as error:  # a program that could not be kept is missing when the manifest is written

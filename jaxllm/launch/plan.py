@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Command):
-    """Compile the steps that the engine would run, for TPUs that are not here, and tell what they take. No weights are needed.
+    """Compile the steps that the engine would run, for TPUs or GPUs that are not here, and tell what they take. No weights are needed.
 
     Example:
 
       jaxllm plan --model configs/models/llama-3-8b.yaml --topology v6e:2x2 --tensor 4 --max-num-seqs 64 --max-model-len 2048
+      jaxllm plan --model configs/models/llama-3-8b.yaml --topology h100:2
     """
 
     model: str
     "A config.json or a YAML file with its entries, a folder with a config.json, or a hub name (owner/name)."
     topology: str
-    "A chip and a slice of it: v4, v5e, v5p, v6e or v7x, as in v6e:2x2 or v5p:2x2x1."
+    "A chip and how many: v4, v5e, v5p, v6e or v7x, as in v6e:2x2 or v5p:2x2x1; a100, l4, h100, h200 or b200, 1 to 8 of them, as in h100:8."
     tensor: int | None = None
     "Devices to split each layer over; by default all."
     max_num_seqs: int = 64
@@ -41,7 +42,9 @@ class Config(Command):
     page_size: int = 64
     "Tokens in a page of the KV cache."
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    "Of weights and KV cache."
+    "Of weights, and of the KV cache."
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
+    "Of the KV cache, if another."
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size"):
@@ -52,7 +55,7 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU's compiler is wanted, not a TPU
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a chip's compiler is wanted, not the chip
     import jax.numpy as jnp
 
     from jaxllm.planning import find_topology, plan_serving
@@ -67,6 +70,7 @@ def run(config: Config) -> dict[str, Any]:
         max_num_batched_tokens=config.max_num_batched_tokens,
         page_size=config.page_size,
         dtype=jnp.dtype(config.dtype),
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     if not config.json:
         _print(config, plan)

@@ -1,5 +1,6 @@
 """The decoder that every family is an instance of."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,13 @@ from jaxtyping import Array, Float, Int
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.layers import Attend, DecoderLayer, Linear, Norm, matmul, parameter
 from jaxllm.models.rope import Table, rope_table
+
+# What is kept of a layer (or repeating block) for the backward pass; the rest is computed anew.
+REMAT = {
+    "full": None,  # its input only
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # projections, but no attention scores
+}
 
 
 class Decoder(nnx.Module):
@@ -23,6 +31,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, scan_layers: bool = False, dtype=jnp.float32, rngs: nnx.Rngs):
         c = config
         self.config = config
+        self.remat: str | None = None  # what the backward pass computes anew: see REMAT
         embed_dim = c.embed_dim or c.hidden_size
         self.embed_tokens = parameter((c.vocab_size, embed_dim), ("vocab", "embed"), dtype=dtype, rngs=rngs)
         rows = c.max_positions + c.position_offset
@@ -36,6 +45,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([DecoderLayer(c, layer, dtype=dtype, rngs=rngs) for layer in c.layers[repeats * period :]])
         self.norm = Norm(c, c.hidden_size, dtype=dtype, rngs=rngs) if c.final_norm else None
         self.lm_head = None if c.tie_embeddings else Linear(embed_dim, c.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
+        self.virtual = None  # prompt and prefix tuning's tokens: jaxllm.adapters
 
     def __call__(
         self,
@@ -47,18 +57,20 @@ class Decoder(nnx.Module):
         rope_lengths: Int[Array, "*T"] | None = None,
     ) -> tuple[Float[Array, "*T D"], Any]:
         """Hidden states after the last norm, and the cache. `rope_lengths`: see `rope.rope_table`."""
+        if self.virtual is not None:
+            attend = self.virtual.attend(attend, tokens)
         x, ropes = self.embed(tokens, positions), self.rope_tables(positions, rope_lengths)
         if self.blocks:
             x, cache = self._scan(x, ropes, attend, cache)
         first = self.config.num_layers - len(self.layers)
         for i, layer in enumerate(self.layers):
-            x, cache = layer(x, ropes, attend, cache, first + i)
+            x, cache = self._maybe_remat(lambda x, cache, layer=layer, i=i: layer(x, ropes, attend, cache, first + i))(x, cache)
         return self.final_norm(x), cache
 
     def embed(self, tokens: Int[Array, "*T"], positions: Int[Array, "*T"]) -> Float[Array, "*T D"]:
         """What the first layer gets."""
         c = self.config
-        x = self.embed_tokens[...][tokens]
+        x = self.embed_tokens[...][tokens] if self.virtual is None else self.virtual.embed(self.embed_tokens[...], tokens)
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if self.project_in is not None:
@@ -86,7 +98,11 @@ class Decoder(nnx.Module):
                 x, cache = nnx.merge(graph, state)(x, ropes, attend, cache, first + j)
             return (x, cache), None
 
-        return jax.lax.scan(body, (x, cache), (states, jnp.arange(repeats) * period))[0]
+        return jax.lax.scan(self._maybe_remat(body), (x, cache), (states, jnp.arange(repeats) * period))[0]
+
+    def _maybe_remat(self, function: Callable) -> Callable:
+        # A scan keeps what its body computes anew from being merged with the forward pass, so XLA need not be told to.
+        return function if self.remat is None else jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=not self.blocks)
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Scores of every token of the vocabulary, float32."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxllm.checkpoints.load import Model, abstract_decoder
 from jaxllm.models import ModelConfig
-from jaxllm.serving.kv_cache import abstract_kv_pages
+from jaxllm.serving.kv_cache import abstract_kv_pages, cache_dtype
 from jaxllm.serving.programs import DeviceState, WholeStep
 from jaxllm.serving.slot_state import abstract_slots
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh, named_sharding
@@ -39,11 +39,12 @@ def abstract_engine(
     max_num_seqs: int,
     max_model_len: int,
     max_logprobs: int = 20,
+    kv_cache_dtype: str = "auto",
 ) -> WholeStep:
     """What compiles the steps of an engine on such devices. `num_pages`: the one that padding points at included."""
     mesh = make_mesh(list(devices), tensor=tensor)
     rules = fit_to_model(ShardingRules(), config, mesh)
-    pages = abstract_kv_pages(config, rules, mesh, num_pages, page_size, dtype)
+    pages = abstract_kv_pages(config, rules, mesh, num_pages, page_size, cache_dtype(kv_cache_dtype, dtype))
     state = DeviceState(pages, abstract_slots(max_num_seqs, max_model_len, config.vocab_size, mesh))
     model = abstract_model(config, mesh, rules, dtype)
     return WholeStep(model, state, num_pages=num_pages, mesh=mesh, rules=rules, dtype=dtype, max_logprobs=max_logprobs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.errors import ConfigError
+from jaxllm.planning.gpus import GPUS, gpu_devices
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Chip:
     """Of one device as JAX counts them (on v7x two a chip): bytes, bytes a second, bfloat16 operations a second, published peaks.
 
     `shape` is how many numbers its topologies have ("2x2": 2), and `usual` are some of them.
+    `platform`: tpu or gpu.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Chip:
     flops: float
     shape: int
     usual: tuple[str, ...]
+    platform: str = "tpu"
 
 
 # Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x"; of v5e's 16 and v6e's 32 GiB the runtime keeps a part.
@@ -36,6 +39,9 @@ CHIPS = {
         Chip("v6e", "v6e", int(31.25 * 2**30), 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4")),
         Chip("v7x", "tpu7x", 96 * 2**30, 3690e9, 1153.5e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
     )
+} | {
+    gpu.name: Chip(gpu.name, gpu.device_kind, gpu.memory_bytes, gpu.bandwidth, gpu.flops, 1, ("1", "2", "4", "8"), "gpu")
+    for gpu in GPUS.values()
 }
 
 
@@ -49,7 +55,7 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """`v6e:2x2` and the like. Raises ConfigError if there is no such chip, or nothing that compiles for it."""
+    """`v6e:2x2`, `h100:8` and the like. Raises ConfigError if there is no such chip, or nothing that compiles for it."""
     chip_name, _, shape = name.partition(":")
     if chip_name not in CHIPS:
         near = difflib.get_close_matches(chip_name, CHIPS, 1)
@@ -57,7 +63,10 @@ def find_topology(name: str) -> Topology:
         raise ConfigError(f"topology {name!r}: no chip {chip_name!r} is known, but {', '.join(CHIPS)} are{hint}")
     chip = CHIPS[chip_name]
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != chip.shape:
-        raise ConfigError(f"topology {name!r} must have a shape of {chip.shape} numbers, like {chip.name}:{chip.usual[1]}")
+        numbers = f"{chip.shape} numbers" if chip.shape > 1 else "one number"
+        raise ConfigError(f"topology {name!r} must have a shape of {numbers}, like {chip.name}:{chip.usual[1]}")
+    if chip.platform == "gpu":
+        return Topology(name, chip, gpu_devices(GPUS[chip.name], int(shape)))
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("compiling for TPUs needs libtpu: pip install 'jaxllm[plan]'")
     # libtpu asks the machine which TPU it is on unless it is told, and waits for an answer.

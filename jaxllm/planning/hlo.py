@@ -17,7 +17,11 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.M)
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_ESTIMATE = re.compile(r'cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+# As Mosaic writes it, and as our Triton kernels do in their metadata.
+_ESTIMATES = (
+    re.compile(r'cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"'),
+    re.compile(r"serialized_metadata = .*?flops\\22: \\22(\d+)\\22.*?bytes_accessed\\22: \\22(\d+)\\22"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,11 @@ class _Op:
 
 
 class Program:
-    """The computations of a program's text."""
+    """The computations of a program's text, for a TPU or (`platform`) a GPU, where memory space 1 is device memory for collectives."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, platform: str = "tpu"):
+        if platform == "gpu":
+            text = re.sub(r"(\{[\d,:TL()]*)S\(1\)\}", r"\1}", text)
         self._ops: dict[str, dict[str, _Op]] = {}
         self._entry = ""
         headers = list(_COMPUTATION.finditer(text))
@@ -106,7 +112,7 @@ class Program:
         kind = op.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
             total.collectives[kind, op.any_bytes] += 1
-        estimate = _ESTIMATE.search(op.line)
+        estimate = next(filter(None, (pattern.search(op.line) for pattern in _ESTIMATES)), None)
         if estimate:
             total.kernel_flops += int(estimate[1])
             total.hbm_bytes += int(estimate[2])

@@ -59,6 +59,7 @@ def plan_serving(
     max_num_batched_tokens: int = 2048,
     page_size: int = 64,
     dtype=jnp.bfloat16,
+    kv_cache_dtype: str = "auto",
 ) -> ServingPlan:
     """Compiles a decode step of `max_num_seqs` sequences of `max_model_len` tokens, and a step of `max_num_batched_tokens` tokens
     of prompts, with a page pool that holds them all. Raises ConfigError for settings that cannot be."""
@@ -70,7 +71,7 @@ def plan_serving(
     max_pages = -(-max_model_len // page_size)
     sizes = dict(
         tensor=tensor, dtype=dtype, num_pages=max_num_seqs * max_pages + 1, page_size=page_size, max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
+        max_model_len=max_model_len, kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     engine = abstract_engine(config, topology.devices, **sizes)
     pages, slots = engine.abstract_state
@@ -100,7 +101,7 @@ def plan_serving(
         if isinstance(result, str):
             continue
         compiled, seconds = result
-        held, cost, tokens = memory(compiled), Program(compiled.as_text()).cost(), buckets[which].tokens
+        held, cost, tokens = memory(compiled), Program(compiled.as_text(), topology.chip.platform).cost(), buckets[which].tokens
         used["temporaries"] = max(used["temporaries"], held["temporaries"])
         used["other"] = max(used["other"], held["arguments"] - parameters - kv_cache + held["results"] + held["code"])
         keys = max_num_seqs * max_model_len if which == "decode" else tokens

@@ -1,30 +1,35 @@
 """The serving engine's `attend`: ragged tokens over the page pool."""
 
-from functools import partial
+import logging
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxllm.errors import ConfigError
 from jaxllm.models.layers import Attend
 from jaxllm.sharding import ShardingRules
-from pallas_kernels.ragged_paged_attention import best_implementation, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import best_implementation, ragged_paged_attention, unsupported
+
+logger = logging.getLogger(__name__)
 
 
 def paged_attend(
-    page_table, kv_lens, query_starts, counts, *, num_pages: int, mesh: Mesh, rules: ShardingRules, decode_only: bool
+    page_table, kv_lens, query_starts, counts, *, num_pages: int, mesh: Mesh, rules: ShardingRules, decode_only: bool, backend: str = "auto"
 ) -> Attend:
     """`attend` for a step whose sequences are described as in `ragged_paged_attention`; the cache is its `kv_pages`.
 
+    `backend`: auto, or an implementation that is to be taken whatever the device is (ConfigError where it cannot be).
     Each device attends with its own heads: nothing crosses between devices here.
     """
     shards = 1 if rules.heads is None else mesh.shape[rules.heads]
-    platform = mesh.devices.flat[0].platform  # of the devices that the program is for, which may not be here
+    device = mesh.devices.flat[0]  # one that the program is for, which may not be here
 
     def attend(q, k, v, kv_pages, layer, *, scale, window, softcap):
         if k.shape[1] < shards:  # fewer key/value heads than devices: repeat them, one to a device
             k, v = (jnp.repeat(t, shards // t.shape[1], axis=1) for t in (k, v))
-        implementation = best_implementation(platform, *kv_pages.shape[3:], kv_pages.dtype)
+        implementation = _implementation(backend, device, *kv_pages.shape[3:], kv_pages.dtype)
         options = dict(scale=scale, window=window, softcap=softcap, decode_only=decode_only, implementation=implementation)
         op = partial(ragged_paged_attention, **options)
         if shards > 1:
@@ -36,3 +41,21 @@ def paged_attend(
         return op(q, k, v, kv_pages, table, kv_lens, query_starts, counts)
 
     return attend
+
+
+@cache
+def _implementation(backend: str, device: jax.Device, page_size: int, width: int, dtype) -> str:
+    """The one asked for, or the best on a device; says once why that is not the device's own kernels, where it is not."""
+    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    if backend != "auto":
+        reason = unsupported(backend, page_size, width, dtype, capability)
+        if backend not in ("xla", device.platform):
+            reason = f"its kernels do not run on {device.device_kind}"
+        if reason:
+            raise ConfigError(f"attention_backend={backend!r}: {reason}; auto and xla run everywhere")
+        return backend
+    chosen = best_implementation(device.platform, page_size, width, dtype, capability)
+    if chosen == "xla" and device.platform in ("tpu", "gpu"):
+        reason = unsupported(device.platform, page_size, width, dtype, capability)
+        logger.warning("attention runs without the kernels for %s, slower: %s", device.device_kind, reason)
+    return chosen

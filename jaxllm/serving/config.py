@@ -1,12 +1,14 @@
 """What an engine is told."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxllm.errors import ConfigError
 from jaxllm.serving.policies import POLICIES, Policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
+AttentionBackend = Literal["auto", "xla", "tpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,11 @@ class EngineConfig:
     Attributes:
       model: a folder, a `.gguf` file, a hub name (`owner/name`), or `demo`.
       tokenizer: where its tokenizer is, if not with the model.
+      adapter: a folder in PEFT's format whose adapter (LoRA, DoRA or IA3) is merged into the weights at load, so that it costs nothing.
       dtype: of weights and KV cache; `auto` is the checkpoint's own on TPU and GPU, and float32 on the CPU.
+      kv_cache_dtype: of the KV cache; `auto` is dtype, `fp8` (or `fp8_e4m3`) float8_e4m3fn: half of bfloat16's memory, with four
+        significant bits; keys and values are stored as they are (scale 1), those beyond 448 as 448.
+      attention_backend: `auto` takes the device's own kernels where they can do it, and says why where not; `xla` runs everywhere.
       tensor_parallel_size: devices that share each layer.
       max_model_len: tokens of prompt and output together that a request may have.
       max_num_seqs: requests that run at the same time.
@@ -42,7 +48,10 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = None
+    adapter: str | None = None
     dtype: Dtype = "auto"
+    kv_cache_dtype: CacheDtype = "auto"
+    attention_backend: AttentionBackend = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 8
@@ -68,6 +77,9 @@ class EngineConfig:
             raise ConfigError(f"model must name a folder, a .gguf file, a hub name or 'demo', not {self.model!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}")
+        for name, kind in (("kv_cache_dtype", CacheDtype), ("attention_backend", AttentionBackend)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} must be {' or '.join(get_args(kind))}, not {getattr(self, name)!r}")
         if self.scheduling_policy not in POLICIES:
             raise ConfigError(f"scheduling_policy must be {' or '.join(POLICIES)}, not {self.scheduling_policy!r}")
         for name in (
@@ -90,7 +102,7 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than a token for each of max_num_seqs={self.max_num_seqs}"
             )
-        for name, what in (("record", "file"), ("bundle", "folder")):
+        for name, what in (("record", "file"), ("bundle", "folder"), ("adapter", "folder")):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} must name a {what}, not {value!r}")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.models import ModelConfig
 from jaxllm.sharding import ShardingRules
+from pallas_kernels.ragged_paged_attention import page_width
 
 
 class PagePool:
@@ -104,14 +105,24 @@ def num_cache_heads(config: ModelConfig, rules: ShardingRules, mesh: Mesh) -> in
     return max(config.num_kv_heads, shards)
 
 
-def page_bytes(config: ModelConfig, heads: int, page_size: int, dtype) -> int:
+def cache_dtype(name: str, dtype) -> jnp.dtype:
+    """Of the KV cache, by its name in EngineConfig, with a model of `dtype`."""
+    return jnp.dtype(jnp.float8_e4m3fn if name in ("fp8", "fp8_e4m3") else dtype)
+
+
+def page_bytes(config: ModelConfig, heads: int, page_size: int, dtype, mesh: Mesh) -> int:
     """Bytes of one page in all layers, on all devices together."""
-    return config.num_layers * 2 * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
+    return config.num_layers * 2 * heads * page_size * _width(config, mesh) * jnp.dtype(dtype).itemsize
+
+
+def _width(config: ModelConfig, mesh: Mesh) -> int:
+    return page_width(mesh.devices.flat[0].platform, config.head_dim)
 
 
 def abstract_kv_pages(config: ModelConfig, rules: ShardingRules, mesh: Mesh, num_pages: int, page_size: int, dtype) -> jax.ShapeDtypeStruct:
-    """[layers * pages, 2, heads, page_size, head_dim], split by heads: layer l's page p is number l * pages + p."""
-    shape = (config.num_layers * num_pages, 2, num_cache_heads(config, rules, mesh), page_size, config.head_dim)
+    """[layers * pages, 2, heads, page_size, W], split by heads: layer l's page p is number l * pages + p; W is head_dim, or on TPUs
+    the next multiple of 128."""
+    shape = (config.num_layers * num_pages, 2, num_cache_heads(config, rules, mesh), page_size, _width(config, mesh))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(None, None, rules.heads)))
 
 

@@ -30,6 +30,8 @@ class LLM:
         from jaxllm.config import from_dict
 
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if isinstance(options.get("adapter"), os.PathLike):
+            options["adapter"] = os.fspath(options["adapter"])
         self.config = from_dict(EngineConfig, {"model": model, **bundle_settings(options), **options}, where="LLM(...)")
         self.engine = Engine(self.config, logits_processors)
         # The newest output of each request of ours, until it is taken: a stream may be read while another call drives the engine.

@@ -10,14 +10,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import psutil
+from flax import nnx
 
+from jaxllm.adapters import merge_into, read_adapter_config
 from jaxllm.checkpoints import open_checkpoint, resolve_model
-from jaxllm.checkpoints.load import load_model
+from jaxllm.checkpoints.load import Model, load_model
 from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.kv_cache import num_cache_heads, page_bytes
+from jaxllm.serving.kv_cache import cache_dtype, num_cache_heads, page_bytes
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.runner import Runner
 from jaxllm.serving.scheduler import SchedulerConfig
@@ -51,17 +53,27 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     source = open_checkpoint(path)
     dtype = _dtype(config.dtype, source.config, on_cpu)
     scan = config.scan_layers if config.scan_layers is not None else not on_cpu
+    if config.adapter is not None:
+        read_adapter_config(config.adapter)  # what is wrong with it is said before the weights are read
     model_config = config_from_hf(source.config)
     rules = fit_to_model(ShardingRules(), model_config, mesh)
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(lambda: None if config.skip_tokenizer_init else _tokenizer(config, path))  # while weights are read
         # What is wrong with the tokenizer is raised at the next tensor, not when all have been read.
         check = lambda _: loading.done() and loading.result()
-        model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
+        options = dict(dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
+
+        def read() -> Model:
+            model = load_model(source, **options)
+            return model if config.adapter is None else merge_into(model, config.adapter, base_model=config.model)
+
+        # Over several devices each would have parts of the wrong projections.
+        model = _fuse(read()) if on_cpu and not scan and mesh.size == 1 else read()
         tokenizer = loading.result()
 
+    kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
     page_size = config.page_size or (8 if on_cpu else 64)
-    a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, dtype)
+    a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, kv_dtype, mesh)
     max_model_len = _max_model_len(config, model_config)
     num_pages = _num_pages(config, mesh, a_page, page_size, max_model_len)
     if (holds := (num_pages - 1) * page_size) < max_model_len:
@@ -87,6 +99,8 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         limits,
         num_pages=num_pages,
         dtype=dtype,
+        kv_dtype=kv_dtype,
+        attention_backend=config.attention_backend,
         mesh=mesh,
         rules=rules,
         # Nothing but a lone sequence that takes nothing from others is sure never to meet another number of rows.
@@ -98,6 +112,17 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     )
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
     return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start, on_cpu and dtype == jnp.float32)
+
+
+def _fuse(model: Model) -> Model:
+    """The model with q, k and v in one product, and gate and up. Each layer's old weights go before the next are made, if nobody else
+    holds the model."""
+    config, decoder = model.config, nnx.merge(model.graph, model.params)
+    del model
+    for layer in decoder.layers:
+        layer.self_attn.fuse()
+        layer.mlp.fuse()
+    return Model(config, *nnx.split(decoder, graph=False))
 
 
 def _programs_dir(folder: str | None) -> Path | None:

@@ -64,6 +64,7 @@ class _Programs:
         rules: ShardingRules,
         dtype,
         max_logprobs: int,
+        attention_backend: str = "auto",
         processors: Sequence[LogitsProcessor] = (),
         cache: ExecutableCache | None = None,
     ):
@@ -72,7 +73,7 @@ class _Programs:
         self.pages_sharding = state.kv_pages.sharding
         self.num_logprobs = min(max_logprobs, model.config.vocab_size)
         self._dtype, self._cache = dtype, cache
-        self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules)
+        self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules, backend=attention_backend)
         self.abstract_state = _abstract((state.kv_pages, state.slots))
         self._processors = tuple(processors)
 

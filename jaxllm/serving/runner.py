@@ -83,6 +83,8 @@ class Runner:
         dtype,
         mesh: Mesh,
         rules: ShardingRules,
+        kv_dtype=None,
+        attention_backend: str = "auto",
         one_row: bool = False,
         max_logprobs: int = 20,
         processors: Mapping[str, LogitsProcessor] | None = None,
@@ -99,11 +101,11 @@ class Runner:
         self._layouts = {b: step_layout(b, self.max_pages) for b in self.buckets}
         self._whole = NamedSharding(mesh, PartitionSpec())
         self.state = DeviceState(
-            kv_pages=make_kv_pages(model.config, rules, mesh, num_pages, limits.page_size, dtype),
+            kv_pages=make_kv_pages(model.config, rules, mesh, num_pages, limits.page_size, kv_dtype or dtype),
             slots=make_slots(limits.max_num_seqs, limits.max_model_len, model.config.vocab_size, mesh),
         )
         way = WholeStep if model.scanned else LayerByLayer
-        made_from = (model.config, limits, num_pages, dtype, rules, one_row, max_logprobs, model.scanned)
+        made_from = (model.config, limits, num_pages, dtype, rules, one_row, max_logprobs, model.scanned, kv_dtype, attention_backend)
         # What a caller's own functions do is not to be known by name.
         if bundle is not None and self.processors:
             raise ConfigError(f"the bundle {bundle} has no programs with logits_processors in them: leave out one or the other")
@@ -116,6 +118,7 @@ class Runner:
             mesh=mesh,
             rules=rules,
             dtype=dtype,
+            attention_backend=attention_backend,
             max_logprobs=max_logprobs,
             processors=tuple(self.processors.values()),
             cache=self.cache,

@@ -49,6 +49,7 @@ class Sequence:
     num_computed: int = 0  # whose keys and values are in the cache when the planned steps have run
     in_flight: int = 0  # sampled tokens that have not been read back
     pages: tuple[int, ...] = ()  # never changed in place: plans share it
+    promised: int = 0  # free pages that nobody else may take: for the rest of its prompt
     slot: int = -1  # its row in the device's tables, while it runs
     preemptions: int = 0
     outgrown: bool = False  # it has passed `recompute_beyond`
@@ -97,6 +98,7 @@ class Scheduler:
         self._starts: dict[Sequence, int] = {}  # of sources in the plan in the making: the tokens that earlier ones have computed
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._num_added = 0
+        self._promised = 0  # free pages, to all sequences together
         self.num_preemptions = 0
 
     @property
@@ -189,8 +191,8 @@ class Scheduler:
     def kv_use(self) -> tuple[int, int]:
         """(tokens that the pages in use have room for, how many of those places are empty once the planned steps have run).
 
-        Empty are the end of each sequence's last page, and pages kept for the rest of a prompt (Kwon et al., arXiv 2309.06180,
-        section 3.1: internal fragmentation and reservation). Pages that sequences share are full.
+        Empty are the ends of each sequence's last page (Kwon et al., arXiv 2309.06180, section 3.1: internal fragmentation; nothing is
+        reserved, as what is promised to the rest of a prompt still serves the prefix cache). Pages that sequences share are full.
         """
         size = self.config.page_size
         empty = sum(len(s.pages) * size - s.num_computed for held in (self.running, self._kept) for s in held)
@@ -232,7 +234,7 @@ class Scheduler:
             copy_from = self._find_computed(sequence)
             count = min(self._num_ready(sequence), budget)
             # Room for all of it, not only its first chunk: else it is thrown out half computed, and computed again, many times.
-            if count == 0 or not self._reserve(sequence, sequence.num_tokens):
+            if count == 0 or not self._reserve(sequence, sequence.num_computed + count, then=sequence.num_tokens):
                 self._let_go(sequence)
                 break
             if copy_from is not None:
@@ -330,6 +332,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._free_slots.append(sequence.slot)
             sequence.slot = -1
+            self._promise(sequence, 0)
             self._kept[sequence] = None
         elif sequence.source is not None and sequence in sequence.source.parked:
             sequence.source.parked.remove(sequence)
@@ -349,21 +352,28 @@ class Scheduler:
         """A sequence that waits holds nothing."""
         self.pool.give_back(sequence.pages)
         sequence.pages, sequence.num_computed, sequence.num_published = (), 0, 0
+        self._promise(sequence, 0)
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
 
-    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Gives the sequence pages for so many tokens, if there are enough."""
-        missing = self._num_pages(num_tokens) - len(sequence.pages)
-        if missing <= 0:
-            return True
-        while missing > self.pool.num_free and self._kept:
+    def _reserve(self, sequence: Sequence, num_tokens: int, then: int = 0) -> bool:
+        """Gives the sequence pages for so many tokens, and promises it those for `then` so many, if there are enough."""
+        held = len(sequence.pages)
+        missing = max(0, self._num_pages(num_tokens) - held)
+        promised = max(0, sequence.promised - missing, self._num_pages(then) - held - missing)
+        others = self._promised - sequence.promised
+        while missing + promised + others > self.pool.num_free and self._kept:
             self._drop(next(iter(self._kept)))
-        if missing > self.pool.num_free:
+        if missing + promised + others > self.pool.num_free:
             return False
         sequence.pages += tuple(self.pool.take(missing))
+        self._promise(sequence, promised)
         return True
+
+    def _promise(self, sequence: Sequence, pages: int) -> None:
+        self._promised += pages - sequence.promised
+        sequence.promised = pages
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

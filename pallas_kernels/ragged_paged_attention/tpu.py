@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention.tuning import pages_per_block, queries_per_block
+from pallas_kernels.ragged_paged_attention.items import expand
+from pallas_kernels.ragged_paged_attention.stored import LIMITS, as_stored
+from pallas_kernels.ragged_paged_attention.tuning import LANES, pages_per_block, queries_per_block, tile_rows
 
 _MASKED = -1e30  # finite: a block in which a row sees nothing must not make NaN
-_LANES = 128
 _WAVE = 32  # pieces of pages that are rewritten at a time
 _VMEM_BYTES = 32 * 2**20
 
@@ -29,7 +30,7 @@ def ragged_paged_attention_tpu(
         raise ValueError(f"page_size {kv_pages.shape[3]} is not a multiple of {tile}, as TPU tiles of {kv_pages.dtype} need")
     kv_pages = _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, decode_only=decode_only, interpret=interpret)
     sinks = jnp.full(num_heads, _MASKED, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    sinks = jnp.broadcast_to(sinks[:, None], (num_heads, _LANES))
+    sinks = jnp.broadcast_to(sinks[:, None], (num_heads, LANES))
     options = dict(scale=scale, window=window, softcap=softcap, interpret=interpret)
     out = _decode(q, kv_pages, page_table, kv_lens, counts, sinks, **options)
     rows = jnp.arange(tokens)[:, None, None]
@@ -40,27 +41,13 @@ def ragged_paged_attention_tpu(
     return jnp.where(rows < counts[0], out, jnp.where(written, chunks, 0)), kv_pages
 
 
-def tile_rows(dtype) -> int:
-    """Rows of a TPU tile: the least that can be written to a page on its own."""
-    return 32 // jnp.dtype(dtype).itemsize
-
-
-def _expand(numbers: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A list with numbers[n] entries for each n: the n of each and its place among them (entries past the last repeat it), and
-    how many there are [1]."""
-    ends = jnp.cumsum(numbers)
-    entry = jnp.minimum(jnp.arange(most, dtype=jnp.int32), jnp.maximum(ends[-1] - 1, 0))
-    owner = jnp.minimum(jnp.sum(entry[:, None] >= ends, axis=1, dtype=jnp.int32), len(numbers) - 1)
-    return owner, entry - (ends - numbers)[owner], ends[-1:].astype(jnp.int32)
-
-
 # New keys and values. A tile of a page is the least that can be written: it is read, the new rows are put in, it goes back.
 
 
 def _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, decode_only, interpret):
     tokens, num_kv_heads, head_dim = k.shape
     sequences, page_size, tile = page_table.shape[0], kv_pages.shape[3], tile_rows(kv_pages.dtype)
-    new = jnp.concatenate([k, v], axis=1).astype(kv_pages.dtype).astype(jnp.float32)  # of 4 bytes a row can be taken from a tile
+    new = as_stored(jnp.concatenate([k, v], axis=1), kv_pages.dtype).astype(jnp.float32)  # of 4 bytes a row can be taken from a tile
     fresh = 1 if decode_only else tile  # rows that are new in a tile at most
     pad = 0 if decode_only else tile
     new = jnp.pad(new, ((pad, pad), (0, 0), (0, 0)))
@@ -71,14 +58,16 @@ def _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, decode_
     tiles = jnp.where(count > 0, (kv_lens - 1) // tile - first_tile + 1, 0)
     most = sequences if decode_only else tokens // tile + 2 * sequences
     most = -(-most // _WAVE) * _WAVE
-    n, place, total = _expand(tiles, most)
+    n, place, total = expand(tiles, most)
     position = (first_tile[n] + place) * tile
     page, row = page_table[n, position // page_size], position % page_size
     first, last = jnp.maximum(start[n] - position, 0), jnp.minimum(kv_lens[n] - position, tile)
     token = query_starts[n] if decode_only else query_starts[n] + position - start[n] + pad
     scalars = [x.astype(jnp.int32) for x in (page, row, first, last, token)]
 
-    moved = most * (2 * 2 * num_kv_heads * tile * head_dim * kv_pages.dtype.itemsize + 2 * num_kv_heads * fresh * head_dim * 4)
+    tile_bytes = 2 * num_kv_heads * tile * head_dim * kv_pages.dtype.itemsize
+    pieces = sequences if decode_only else tokens // tile + sequences  # a sequence begins and ends within a tile
+    moved = pieces * (2 * tile_bytes + 2 * num_kv_heads * fresh * head_dim * 4)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         partial(_write_kernel, tile=tile, fresh=fresh, heads=num_kv_heads),
@@ -147,13 +136,14 @@ def _write_kernel(page, row, first, last, token, total, new, _, pages, fresh_row
 def _attend_block(h, rows, queries, kv, visible, in_range, top, total, out, *, scale, softcap):
     """Adds a block of keys to the running softmax of kv head h (Dao et al., arXiv 2205.14135).
 
-    queries [R, D]; kv [pages, 2, heads, page_size, D], a block in vector memory; visible [R, keys]; in_range [keys, 1]: whether
-    the key is the sequence's. `rows` are those of the running maximum `top`, sum `total` (their lanes all alike) and sum `out`.
+    queries [R, D], in the type of the products; kv [pages, 2, heads, page_size, D], a block in vector memory; visible [R, keys];
+    in_range [keys, 1]: whether the key is the sequence's. `rows` are those of the running maximum `top`, sum `total` (their lanes
+    all alike) and sum `out`.
     """
-    keys, values = (kv[:, part, h].reshape(-1, kv.shape[-1]) for part in (0, 1))
+    keys, values = (kv[:, part, h].reshape(-1, kv.shape[-1]).astype(queries.dtype) for part in (0, 1))
     precision = jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None
     product = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-    scores = product(queries.astype(keys.dtype), keys, (((1,), (1,)), ((), ()))) * scale
+    scores = product(queries, keys, (((1,), (1,)), ((), ()))) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible, scores, _MASKED)
@@ -165,7 +155,12 @@ def _attend_block(h, rows, queries, kv, visible, in_range, top, total, out, *, s
     mixed = product(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())))
     out[rows] = out[rows] * keep + mixed
     total[rows] = total[rows] * keep + jnp.sum(weights, axis=-1, keepdims=True)
-    top[rows] = jnp.broadcast_to(new_top, (new_top.shape[0], _LANES))
+    top[rows] = jnp.broadcast_to(new_top, (new_top.shape[0], LANES))
+
+
+def _product_type(q, pages):
+    """The pages' own, but of pages of a byte a number the queries'."""
+    return q.dtype if pages.dtype in LIMITS else pages.dtype
 
 
 def _fetch(action, pages, table, n, first_page, num_pages, block, buffer, done):
@@ -182,7 +177,7 @@ def _start_state(sinks, rows_each, top, total, out):
     """A sink is a key that every query sees, with its own logit and no value."""
     for head in range(sinks.shape[0]):
         rows = pl.ds(head * rows_each, rows_each)
-        sink = jnp.broadcast_to(sinks[pl.ds(head, 1)], (rows_each, _LANES))
+        sink = jnp.broadcast_to(sinks[pl.ds(head, 1)], (rows_each, LANES))
         top[rows] = sink
         total[rows] = jnp.where(sink > _MASKED, 1.0, 0.0)
     out[...] = jnp.zeros_like(out)
@@ -204,7 +199,7 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(sequences,),
-            in_specs=[block, pl.BlockSpec((num_heads, _LANES), lambda n, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[block, pl.BlockSpec((num_heads, LANES), lambda n, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
                 *_buffers(kv_pages, page_table),
@@ -213,7 +208,7 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((sequences, num_heads, head_dim), q.dtype),
-        cost_estimate=_cost(keys, 1, sequences, num_heads, num_kv_heads, head_dim, q.dtype, kv_pages.dtype),
+        cost_estimate=_cost(q, kv_pages, keys, 1, sequences, window),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_decode",
@@ -266,7 +261,7 @@ def _decode_kernel(
             queries = q[0].astype(jnp.float32)
             for h in range(heads):
                 rows = pl.ds(h * group, group)
-                mine = queries[h * group : (h + 1) * group]
+                mine = queries[h * group : (h + 1) * group].astype(_product_type(q, buffers))
                 _attend_block(h, rows, mine, buffers.at[slot], visible, in_range, top, total, out, scale=scale, softcap=softcap)
             turn[0] = 1 - slot
 
@@ -289,7 +284,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
     begin, end = query_starts[:-1], query_starts[1:]
     blocks = jnp.where((n >= counts[0]) & (n < counts[1]) & (end > begin), (end - 1) // size - begin // size + 1, 0)
     most = padded // size + sequences
-    owner, place, total = _expand(blocks, most)
+    owner, place, total = expand(blocks, most)
     item_block = jnp.clip(begin[owner] // size + place, 0, padded // size - 1).astype(jnp.int32)
 
     block = pl.BlockSpec((num_heads, size, head_dim), lambda i, blocks, *_: (0, blocks[i], 0))
@@ -299,7 +294,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(most,),
-            in_specs=[block, pl.BlockSpec((num_heads, _LANES), lambda i, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[block, pl.BlockSpec((num_heads, LANES), lambda i, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
                 *_buffers(kv_pages, page_table),
@@ -307,7 +302,7 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(by_head.shape, q.dtype),
-        cost_estimate=_cost(keys, size, padded // size, num_heads, num_kv_heads, head_dim, q.dtype, kv_pages.dtype),
+        cost_estimate=_cost(q, kv_pages, keys, size, padded // size, window),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_chunks",
@@ -362,7 +357,7 @@ def _chunk_kernel(
             in_range = (key((block_keys, 1), 0) >= first) & (key((block_keys, 1), 0) < last)
             for h in range(heads):
                 rows = pl.ds(h * group * size, group * size)
-                mine = q[pl.ds(h * group, group)].reshape(group * size, head_dim)
+                mine = q[pl.ds(h * group, group)].reshape(group * size, head_dim).astype(_product_type(q, buffers))
                 _attend_block(h, rows, mine, buffers.at[slot], visible, in_range, top, total, out, scale=scale, softcap=softcap)
 
         jax.lax.fori_loop(start, stop, attend, None)
@@ -381,14 +376,21 @@ def _buffers(kv_pages: jax.Array, page_table: jax.Array) -> list:
 
 def _state(rows: int, head_dim: int) -> list:
     """The running softmax: maximum, sum of weights, sum of values."""
-    return [pltpu.VMEM((rows, _LANES), jnp.float32), pltpu.VMEM((rows, _LANES), jnp.float32), pltpu.VMEM((rows, head_dim), jnp.float32)]
+    return [pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((rows, LANES), jnp.float32), pltpu.VMEM((rows, head_dim), jnp.float32)]
 
 
-def _cost(keys: int, queries: int, items: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype, kv_dtype) -> pl.CostEstimate:
-    """Of `items`, each with so many queries and keys: all that the shapes have room for."""
+def _cost(q: jax.Array, kv_pages: jax.Array, keys: int, queries: int, items: int, window: int | None) -> pl.CostEstimate:
+    """Of `items`, each with so many queries and keys: all that the shapes have room for. Bytes are those that copies move: whole
+    pages, and with a window on average one page more than it is wide."""
+    _, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, page_size, _ = kv_pages.shape
+    seen, copied = keys, keys
+    if window is not None:
+        seen, copied = min(keys, window), min(keys, window + queries - 1 + page_size - 1)
     return pl.CostEstimate(
-        flops=4 * items * keys * queries * num_heads * head_dim,
-        transcendentals=items * keys * queries * num_heads,
-        bytes_accessed=2 * items * keys * num_kv_heads * head_dim * jnp.dtype(kv_dtype).itemsize
-        + 2 * items * queries * num_heads * head_dim * jnp.dtype(dtype).itemsize,
+        flops=4 * items * seen * queries * num_heads * head_dim,
+        transcendentals=items * seen * queries * num_heads,
+        bytes_accessed=2 * items * copied * num_kv_heads * head_dim * kv_pages.dtype.itemsize
+        + 2 * items * queries * num_heads * head_dim * q.dtype.itemsize
+        + num_heads * LANES * 4,  # sinks
     )

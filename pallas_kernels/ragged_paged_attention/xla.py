@@ -9,6 +9,8 @@ not the shapes. Because chunk boundaries depend on positions alone, a row's resu
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention.items import token_places
+from pallas_kernels.ragged_paged_attention.stored import as_stored
 from pallas_kernels.row_sum import row_sum
 
 _SEQUENCE_BLOCK = 8
@@ -75,15 +77,9 @@ def ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_sta
 
 def write_kv(k, v, kv_pages, page_table, kv_lens, query_starts, counts):
     """Scatters k and v [T, Hk, D] into their pages; padding tokens go nowhere."""
-    rows = jnp.arange(k.shape[0], dtype=jnp.int32)
-    sequence = jnp.sum(rows[:, None] >= query_starts[1:], axis=1, dtype=jnp.int32)
-    valid = sequence < counts[1]
-    sequence = jnp.where(valid, sequence, 0)
-    position = kv_lens[sequence] - query_starts[sequence + 1] + rows
-    page_size = kv_pages.shape[3]
-    page = jnp.where(valid, page_table[sequence, position // page_size], kv_pages.shape[0])
-    kv = jnp.stack([k, v], axis=1).astype(kv_pages.dtype)
-    return kv_pages.at[page, :, :, position % page_size].set(kv, mode="drop")
+    page, slot = token_places(len(k), page_table, kv_lens, query_starts, counts, kv_pages.shape[0], kv_pages.shape[3])
+    kv = as_stored(jnp.stack([k, v], axis=1), kv_pages.dtype)
+    return kv_pages.at[page, :, :, slot].set(kv, mode="drop")
 
 
 def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, scale, window, softcap, sinks):

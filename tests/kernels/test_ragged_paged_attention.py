@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import api, best_implementation, page_width, ragged_paged_attention, unsupported
 from pallas_kernels.ragged_paged_attention.reference import ragged_paged_attention_reference
+from pallas_kernels.ragged_paged_attention.stored import as_stored
 
 attention = partial(jax.jit, static_argnames=("scale", "window", "softcap"))(ragged_paged_attention)
 
@@ -86,11 +87,15 @@ def test_a_row_is_bitwise_the_same_whoever_shares_the_batch():
     "change,message",
     [
         ({"k": np.zeros((TOKENS, 3, 16), np.float32)}, "do not agree"),
-        ({"kv_pages": np.zeros((PAGES, 2, 2, 8, 32), np.float32)}, "kv_pages"),
+        ({"kv_pages": np.zeros((PAGES, 2, 2, 8, 8), np.float32)}, "kv_pages"),
         ({"kv_lens": np.zeros(3, np.int32)}, "do not agree"),
         ({"page_table": np.zeros((SEQUENCES, COLUMNS), np.int16)}, "must be int32"),
         ({"window": 0}, "window"),
-        ({"implementation": "gpu"}, "is not written; there are xla, tpu"),
+        ({"sinks": np.zeros(2, np.float32)}, r"sinks \(2,\) must be \[4\]"),
+        ({"kv_scales": np.zeros(2, np.float32)}, r"kv_scales \(2,\) must be \[2, 2\]"),
+        ({"kv_pages": np.zeros((PAGES, 2, 2, 8, 16), np.int8)}, "int8 need kv_scales"),
+        ({"implementation": "cuda"}, "is none of xla, tpu, gpu"),
+        ({"implementation": "tpu"}, "pages are 16 wide, which is not a multiple of a TPU's 128 lanes: make them 128 wide"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -99,3 +104,74 @@ def test_bad_arguments(change, message):
     arguments = {**arrays, "scale": 1.0, **change}
     with pytest.raises((ValueError, NotImplementedError), match=message):
         ragged_paged_attention(**{k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()})
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+def test_pages_wider_than_heads(implementation, monkeypatch):
+    q, k, v, pages, *rest = make_batch((4, [1] * 4 + [20], [5, 60, 37, 0, 13], 0), 16, 4, 2, 80)
+    wide = np.pad(pages, ((0, 0),) * 4 + ((0, page_width("tpu", 80) - 80),))
+    if implementation != "xla":
+        interpreted = partial(api._function(implementation), interpret=True)
+        monkeypatch.setattr(api, "_function", lambda _: interpreted)
+    expected, expected_pages = ragged_paged_attention_reference(q, k, v, pages, *rest, scale=0.3)
+    out, wide = ragged_paged_attention(*map(jnp.asarray, (q, k, v, wide, *rest)), scale=0.3, implementation=implementation)
+    assert out.shape == q.shape
+    np.testing.assert_allclose(out[:24], expected[:24], atol=1e-5)
+    np.testing.assert_array_equal(wide[..., :80], expected_pages)
+    assert not np.any(wide[..., 80:])
+
+
+@pytest.mark.parametrize(
+    "platform,page_size,width,dtype,capability,expected",
+    [
+        ("cpu", 8, 64, "float32", None, "xla"),
+        ("tpu", 16, 128, "bfloat16", None, "tpu"),
+        ("tpu", 8, 128, "bfloat16", None, "page_size 8 is not a multiple of 16"),
+        ("tpu", 16, 64, "bfloat16", None, "64 wide"),
+        ("gpu", 8, 80, "bfloat16", "8.0", "gpu"),
+        ("rocm", 16, 64, "float32", "gfx942", "gpu"),
+        ("cuda", 16, 64, "float32", None, "gpu"),
+        ("gpu", 16, 64, "bfloat16", "7.5", "8.0 and later, not 7.5"),
+        ("gpu", 16, 512, "bfloat16", "9.0", "256 is the most"),
+        ("gpu", 16, 64, "float8_e4m3fn", "8.0", "8.9 and later, not 8.0"),
+        ("tpu", 16, 128, "int8", None, "page_size 16 is not a multiple of 32"),
+        ("gpu", 16, 64, "int16", "9.0", "not int16"),
+    ],
+)
+def test_the_best_implementation(platform, page_size, width, dtype, capability, expected):
+    best = best_implementation(platform, page_size, width, dtype, capability)
+    if expected in ("xla", "tpu", "gpu"):
+        assert best == expected and unsupported(best, page_size, width, dtype, capability) is None
+    else:
+        assert best == "xla" and expected in unsupported(platform, page_size, width, dtype, capability)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
+def test_pages_of_a_byte(implementation, dtype, monkeypatch):
+    """The very bytes of the reference are written, and read as it reads them; what is too large becomes the largest there is."""
+    q, k, v, pages, *rest = make_batch((4, [1] * 4 + [20], [5, 60, 37, 0, 13], 0), 32, 4, 2, 128)
+    k[3] *= 1000
+    scales = np.array([[0.02, 0.05], [0.03, 0.04]], np.float32)
+    pages = np.nan_to_num(pages / scales.T[0][:, None, None]).clip(-100, 100).astype(dtype)
+    if implementation != "xla":
+        interpreted = partial(api._function(implementation), interpret=True)
+        monkeypatch.setattr(api, "_function", lambda _: interpreted)
+    expected, expected_pages = ragged_paged_attention_reference(q, k, v, pages, *rest, scale=0.1, kv_scales=scales, softcap=20.0)
+    out, pages = ragged_paged_attention(
+        *map(jnp.asarray, (q, k, v, pages, *rest)), scale=0.1, kv_scales=jnp.asarray(scales), softcap=20.0, implementation=implementation
+    )
+    assert pages.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(pages, np.float32), expected_pages.astype(np.float32))
+    np.testing.assert_allclose(out[:24], expected[:24], atol=2e-5)
+
+
+def test_how_near_pages_of_a_byte_are():
+    arrays = make_batch((6, [1] * 6 + [30], [5, 100, 37, 150, 8, 64, 50], 3), 8, 4, 2, 64)
+    q, k, v, pages, *rest = (np.nan_to_num(a) for a in arrays)
+    expected, _ = ragged_paged_attention_reference(q, k, v, pages, *rest, scale=0.125)
+    for dtype, scale, near in ((jnp.float8_e4m3fn, None, 0.15), (jnp.int8, 5 / 127, 0.04)):
+        scales = None if scale is None else jnp.full((2, 2), scale)
+        stored = as_stored(jnp.asarray(pages) / (scale or 1), dtype)
+        out, _ = attention(q, k, v, stored, *rest, scale=0.125, kv_scales=scales)
+        assert np.abs(out[:36] - expected[:36]).max() < near

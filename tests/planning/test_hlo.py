@@ -110,3 +110,21 @@ def test_bytes_between_hbm_and_the_chip():
     assert cost.hbm_bytes == 32 * turn + update + 64 * 128 * 2
     assert cost.kernel_flops == 32 * 1000
     assert cost.list_collectives() == [Collective("all-reduce", 32, 32 * 8 * 128 * 2)]
+
+
+# As the GPU's compiler writes it: a Triton kernel's estimate is in its metadata, and S(1) is device memory for collectives.
+GPU_TEXT = r"""HloModule step, is_scheduled=true
+
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %kernel = bf16[64,128]{1,0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", \
+backend_config={ir = "ML\EFR(", serialized_metadata = "{\22flops\22: \2270\22, \22bytes_accessed\22: \2250\22}"}
+  ROOT %copied = bf16[64,128]{1,0:S(1)} copy(%kernel)
+}
+""".replace("\\\n", "")
+
+
+def test_programs_of_gpus():
+    cost = Program(GPU_TEXT, "gpu").cost()
+    assert cost.kernel_flops == 70 and cost.hbm_bytes == 50 + 2 * 64 * 128 * 2
+    assert Program(GPU_TEXT).cost().hbm_bytes == 50 + 64 * 128 * 2

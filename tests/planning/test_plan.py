@@ -49,8 +49,9 @@ def test_what_does_not_fit_is_said_with_the_remedy():
 
 @pytest.mark.parametrize(
     "name,message",
-    [("v9:2x2", "no chip 'v9'"), ("v6:2x2", "did you mean v6e"), ("v6e", "shape of 2 numbers"), ("v5p:2x2", "shape of 3 numbers")],
-)
+    [("v9:2x2", "no chip 'v9'"), ("v6:2x2", "did you mean v6e"), ("v6e", "shape of 2 numbers"), ("v5p:2x2", "shape of 3 numbers"),
+     ("h100:2x2", "shape of one number, like h100:2"), ("h100:9", "a host has 1 to 8 GPUs"), ("h10:1", "did you mean h100")],
+)  # fmt: skip
 def test_unknown_topologies(name, message):
     with pytest.raises(ConfigError, match=message):
         find_topology(name)
@@ -60,6 +61,8 @@ def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs libtpu: pip install 'jaxllm\[plan\]'"):
         find_topology("v6e:2x2")
+    with pytest.raises(ConfigError, match=r"needs jax's CUDA plugin.*pip install 'jaxllm\[cuda\]'"):
+        find_topology("h100:2")
 
 
 def test_bad_models(tmp_path):

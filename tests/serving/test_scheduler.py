@@ -204,7 +204,8 @@ class FakeEngine:
         assert all(len(set(s.pages)) == len(s.pages) for s in running)
         assert dict(users) == {page: n for page, n in enumerate(self.pool._users) if n}
         free = [*self.pool._free, *self.pool._cached]
-        assert len(free) == self.pool.num_free
+        assert len(free) == self.pool.num_free >= self.scheduler._promised == sum(s.promised for s in running)
+        assert not any(s.promised for s in [*waiting, *kept, *parked])
         assert sorted([*users, *free]) == list(range(1, self.pool.num_pages)), "each page is held or free, page 0 never either"
         for queue in (running, waiting):
             ranks = [s.rank for s in queue]

@@ -1,0 +1,21 @@
+"""Next-token prediction: continued pre-training and supervised fine-tuning, which differ in the targets that count."""
+
+import jax.numpy as jnp
+
+from jaxllm.training.losses import cross_entropy
+from jaxllm.training.objectives.base import Objective, ObjectiveConfig, hidden_states
+
+
+def language_model(config: ObjectiveConfig) -> Objective:
+    """The weighted sum of cross-entropy over targets, with label smoothing and z-loss."""
+
+    def objective(model, batch, key):
+        weights = batch["weights"].astype(jnp.float32)
+        loss, parts = cross_entropy(
+            model, hidden_states(model, batch), batch["targets"], weights, label_smoothing=config.label_smoothing, z_loss=config.z_loss
+        )
+        total = jnp.sum(weights)
+        plain = not (config.label_smoothing or config.z_loss)  # then the loss is the nll
+        return loss, total, {} if plain else {name: (value, total) for name, value in parts.items()}
+
+    return objective

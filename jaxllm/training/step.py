@@ -1,0 +1,170 @@
+"""One step of training as one program: gradients summed over micro-batches in float32, divided once, and applied."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxllm.sharding import ShardingRules
+from jaxllm.training.objectives import Batch, Objective
+from jaxllm.training.optim import Schedule
+from jaxllm.training.parts import ModelParts, Params
+
+Precision = Literal["float32", "bfloat16_mixed", "bfloat16"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. `step` counts steps done, `skipped` those of them whose gradients were not finite."""
+
+    params: Params
+    opt_state: Any
+    ema: Params | None
+    step: Array
+    skipped: Array
+    key: Array
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a step computes: see `TrainConfig`."""
+
+    precision: Precision = "float32"
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+
+
+def init_state(params: Params, tx: optax.GradientTransformation, config: StepConfig, seed: int) -> TrainState:
+    """The state before the first step. Optimiser states are float32 and lie as their parameters do."""
+    params = dict(params)
+    wide = lambda params: {name: p.astype(jnp.float32) for name, p in params.items()}
+    # Donated buffers must not be shared: not with the model that was loaded, nor between params and their average.
+    def copy(params):
+        return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings={name: p.sharding for name, p in params.items()})(params)
+
+    mesh = next(iter(params.values())).sharding
+    whole = NamedSharding(mesh.mesh, PartitionSpec()) if isinstance(mesh, NamedSharding) else mesh
+    shapes = jax.eval_shape(lambda p: tx.init(wide(p)), params)
+    place = lambda path, leaf: _like(path, leaf, params) or whole
+    opt_state = jax.jit(lambda p: tx.init(wide(p)), out_shardings=jax.tree_util.tree_map_with_path(place, shapes))(params)
+    ema = copy({n: p.astype(jnp.float32) for n, p in params.items()}) if config.ema_decay is not None else None
+    put = lambda x: jax.device_put(x, whole)
+    # Two zeros: a buffer is donated once.
+    return TrainState(copy(params), opt_state, ema, put(jnp.int32(0)), put(jnp.int32(0)), put(jax.random.key(seed)))
+
+
+def make_train_step(
+    parts: ModelParts,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    config: StepConfig,
+    state: TrainState,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
+    """A jitted `step(state, frozen, batches) -> (state, metrics)`; the state given is donated.
+
+    `batches` has a leading axis of micro-batches. The loss and gradients of a step are the sums over all of them, divided once by
+    the sum of weights, so they do not depend on how the targets are spread. A step whose loss or gradients are not finite, or
+    that has no target that counts, changes nothing but `skipped`.
+    """
+
+    def loss(params: Params, frozen: Params, batch: Batch, key: Array):
+        loss_sum, weight_sum, metrics = objective(parts.merge(cast(params, config.precision), frozen), batch, key)
+        return loss_sum, (weight_sum, metrics)
+
+    def micro(params: Params, frozen: Params, batch: Batch, key: Array):
+        (loss_sum, (weight, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, frozen, batch, key)
+        sums = {"loss": (loss_sum, weight), **metrics}
+        return {name: g.astype(jnp.float32) for name, g in grads.items()}, sums
+
+    def step(state: TrainState, frozen: Params, batches: Batch):
+        key = jax.random.fold_in(state.key, state.step)
+        count = jax.tree.leaves(batches)[0].shape[0]
+        first = jax.tree.map(lambda x: x[0], batches)
+        total = micro(state.params, frozen, first, jax.random.fold_in(key, 0))
+        if count > 1:
+
+            def add(total, item):
+                batch, i = item
+                part = micro(state.params, frozen, batch, jax.random.fold_in(key, i))
+                return jax.tree.map(jnp.add, total, part), None
+
+            rest = jax.tree.map(lambda x: x[1:], batches)
+            total = jax.lax.scan(add, total, (rest, jnp.arange(1, count)))[0]
+        grads, sums = total
+        weight = sums["loss"][1]
+        norm = optax.tree.norm(grads) / weight
+        scale = 1 / weight
+        if config.max_grad_norm is not None:  # torch.nn.utils.clip_grad_norm_, its 1e-6 included
+            scale *= jnp.minimum(1.0, config.max_grad_norm / (norm + 1e-6))
+        grads = {name: g * scale for name, g in grads.items()}
+        good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"][0]) & (weight > 0)
+
+        wide = {name: p.astype(jnp.float32) for name, p in state.params.items()}
+        updates, opt_state = tx.update(grads, state.opt_state, wide)
+        params = {name: p + updates[name] for name, p in wide.items()}
+        ema = state.ema
+        if ema is not None:
+            ema = {name: e + (1 - config.ema_decay) * (params[name] - e) for name, e in ema.items()}
+        if config.precision == "bfloat16":
+            params = _rounded(params, jax.random.fold_in(key, 1 << 20), state.params)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        metrics = {name: total / jnp.where(w == 0, 1, w) for name, (total, w) in sums.items()}
+        metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step - state.skipped), "weight": weight, "finite": good}
+        skipped = state.skipped + (~good).astype(jnp.int32)
+        new = TrainState(
+            keep(params, state.params), keep(opt_state, state.opt_state), keep(ema, state.ema), state.step + 1, skipped, state.key
+        )
+        return new, metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_evaluation_step(parts: ModelParts, objective: Objective, precision: Precision):
+    """A jitted `evaluate(params, frozen, batch) -> {name: (sum, weight)}`, `loss` among the names."""
+
+    def evaluate(params: Params, frozen: Params, batch: Batch):
+        loss_sum, weight, metrics = objective(parts.merge(cast(params, precision), frozen), batch, jax.random.key(0))
+        return {"loss": (loss_sum, weight), **metrics}
+
+    return jax.jit(evaluate)
+
+
+def cast(params: Params, precision: Precision) -> Params:
+    """Float parameters as they are computed with."""
+    if precision == "float32":
+        return params
+    return {name: p.astype(jnp.bfloat16) if jnp.issubdtype(p.dtype, jnp.floating) else p for name, p in params.items()}
+
+
+def place_batch(batches: Any, mesh: Mesh, rules: ShardingRules, *, lead: int = 1) -> Any:
+    """Host arrays [micro-batches, rows, ...] (`lead` axes before the rows) on the mesh, rows over its batch axes."""
+    sharding = NamedSharding(mesh, PartitionSpec(*(None,) * lead, rules.batch))
+    return jax.tree.map(lambda x: jax.device_put(x, sharding), batches)
+
+
+def _like(path: tuple, leaf: Any, params: Params):
+    """The sharding of the parameter that a leaf of the optimiser's state belongs to, if it has its shape."""
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return next((params[name].sharding for name in names if name in params and params[name].shape == leaf.shape), None)
+
+
+def _rounded(params: Params, key: Array, like: Params) -> Params:
+    """float32 to bfloat16, up or down at random with chances that keep the mean: small updates are not lost."""
+
+    def one(i: int, x: Array, dtype) -> Array:
+        if dtype != jnp.bfloat16:
+            return x.astype(dtype)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        noise = jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16).astype(jnp.uint32)
+        up = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+        return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
+
+    return {name: one(i, x, like[name].dtype) for i, (name, x) in enumerate(params.items())}

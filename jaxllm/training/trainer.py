@@ -1,0 +1,328 @@
+"""The one loop."""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxllm.adapters import adapter_disabled, add_adapter, is_trainable, prepend_virtual_tokens, quantize_base, save_adapter, with_dropout
+from jaxllm.checkpoints import open_checkpoint, resolve_model
+from jaxllm.checkpoints.export import export_model
+from jaxllm.checkpoints.load import load_model
+from jaxllm.config import to_dict
+from jaxllm.errors import ConfigError
+from jaxllm.models import config_from_hf
+from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
+from jaxllm.tokenizers import load_tokenizer
+from jaxllm.training.checkpointing import Checkpointer
+from jaxllm.training.config import TrainConfig
+from jaxllm.training.data import Dataset, make_dataset
+from jaxllm.training.metrics import MetricsLog, Progress, peak_flops, training_flops
+from jaxllm.training.objectives import Objective, make_objective, mismatched, reference_log_probs
+from jaxllm.training.optim import evaluation_params, make_optimizer
+from jaxllm.training.parts import Params, split_model
+from jaxllm.training.step import StepConfig, init_state, make_evaluation_step, make_train_step, place_batch
+
+_KEYS = {"lm": "messages, prompt and completion, or text", "preference": "chosen and rejected", "kto": "prompt, completion and label"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `path`: what was exported, if anything; `stopped`: why before its last step, if it was."""
+
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    skipped_steps: int
+    path: Path | None
+    stopped: str | None
+
+
+class Trainer:
+    """Fine-tunes as a TrainConfig says: `Trainer(config).train()`.
+
+    Making one loads the model and opens the data, and raises ConfigError, CheckpointError or DataError for what is wrong with them
+    before anything is written. All that a run needs to go on is in its checkpoints: killed at any moment and started again, it takes
+    the same steps on the same examples, bit for bit.
+    """
+
+    def __init__(self, config: TrainConfig):
+        if jax.process_count() > 1:
+            raise ConfigError("training over several hosts is not implemented; use the devices of one")
+        self.config = c = config
+        self.path = resolve_model(c.model)
+        self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
+        source = open_checkpoint(self.path)
+        self.model_config = config_from_hf(source.config)
+        if c.max_length > self.model_config.max_positions:
+            raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
+        self.tokenizer = load_tokenizer(self.path)
+        self.total_steps = c.max_steps if c.max_steps is not None else self._count_steps()
+        self.rules = fit_to_model(ShardingRules(), self.model_config, self.mesh)
+        # What is trained is kept in float32, unless that is not wanted; what is not trained needs no more than it computes with.
+        keep_float32 = c.precision == "float32" or (c.precision == "bfloat16_mixed" and c.adapter is None)
+        dtype = jnp.float32 if keep_float32 else jnp.bfloat16
+        model = load_model(source, dtype=dtype, mesh=self.mesh, rules=self.rules, scan_layers=True)
+        decoder = nnx.merge(model.graph, model.params)
+        del model
+        if c.quantize_base is not None:
+            decoder = quantize_base(decoder, c.quantize_base)
+        if c.adapter is not None:
+            decoder = add_adapter(decoder, c.adapter, rngs=nnx.Rngs(params=c.seed))
+        decoder.remat = None if c.remat == "none" else c.remat
+        self.parts, trainable, self.frozen = split_model(decoder, is_trainable if c.adapter is not None else None)
+        self.optimizer, self.schedule = make_optimizer(c.optimizer, trainable, self.total_steps)
+        settings = StepConfig(c.precision, c.optimizer.max_grad_norm, c.optimizer.ema_decay)
+        self.state = init_state(trainable, self.optimizer, settings, c.seed)
+        self.objective = _with_reference(c)
+        dropout = c.lora is not None and c.lora.lora_dropout > 0
+        training = (lambda model, batch, key: self.objective(with_dropout(model, key), batch, key)) if dropout else self.objective
+        self._step = make_train_step(self.parts, training, self.optimizer, self.schedule, settings, self.state)
+        self._evaluation_step = make_evaluation_step(self.parts, self.objective, c.precision)
+
+    def train(self) -> TrainResult:
+        """Runs to the last step, or until SIGTERM, on which it saves and returns. Raises CheckpointError if it cannot write."""
+        c, out = self.config, Path(self.config.output_dir)
+        best = ("eval_loss", "min") if c.keep_best and c.eval_data else None
+        with Checkpointer(out / "checkpoints", keep_last=c.keep_last, keep_best=best) as checkpointer, _sigterm() as asked:
+            return _Run(self, checkpointer, out).to_the_end(asked)
+
+    def export(self, out: Path) -> Path:
+        """Writes what has been trained: the adapter in PEFT's format, or the model as a Hugging Face folder."""
+        model = self.model()
+        if (adapter := self.config.adapter) is not None:
+            return save_adapter(model, adapter, out, base_model=self.config.model, overwrite=True)
+        params = nnx.split(model, graph=False)[1]
+        return export_model(self.model_config, params, out, base=self.path, dtype=self.config.export_dtype, overwrite=True)
+
+    def model(self) -> nnx.Module:
+        """The decoder as it is best now: the moving average, if one is kept."""
+        return self.parts.merge(self._best_params(), self.frozen)
+
+    def _best_params(self) -> Params:
+        state = self.state
+        return state.ema if state.ema is not None else evaluation_params(self.config.optimizer, state.opt_state, state.params)
+
+    def evaluate(self) -> dict[str, float]:
+        """`eval_loss` and the objective's metrics over all of eval_data, each an average over its weights."""
+        c = self.config
+        once = replace(c.eval_data, epochs=1, shuffle=False)
+        data = make_dataset(once, self.tokenizer, batch_size=c.batch_size // c.gradient_accumulation_steps, max_length=self._length)
+        sums: dict[str, np.ndarray] = {}
+        params = self._best_params()
+        for batch in self._fitting(data):
+            batch = place_batch(self.prepared(batch), self.mesh, self.rules, lead=0)
+            for name, pair in self._evaluation_step(params, self.frozen, batch).items():
+                sums[name] = sums.get(name, 0) + np.array([float(x) for x in pair])
+        if not sums:
+            raise ConfigError("eval_data has no example")
+        return {f"eval_{name}": float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
+
+    def dataset(self) -> Any:
+        """The training data from its beginning, in batches of a whole step."""
+        c = self.config
+        data = c.data if c.data.epochs or c.max_steps is not None else replace(c.data, epochs=1)
+        return self._fitting(make_dataset(data, self.tokenizer, batch_size=c.batch_size, max_length=self._length, seed=c.seed))
+
+    def _fitting(self, data: Dataset) -> Dataset:
+        """Raises ConfigError for records that the objective cannot read."""
+        wanted = {"tokens": "lm", "pairs": "preference", "labels": "kto"}[self.config.objective.data]
+        if data.family != wanted:
+            name = self.config.objective.name
+            raise ConfigError(f"objective {name} reads records with {_KEYS[wanted]}; the data's have {_KEYS[data.family]}")
+        if data.family == "preference" and hasattr(self.config.adapter, "num_virtual_tokens"):
+            raise ConfigError("prompt and prefix tuning on pairs are not implemented: use lora")
+        return data
+
+    @property
+    def _length(self) -> int:
+        """Of a row of text, without the virtual tokens that come before it."""
+        return self.config.max_length - getattr(self.config.adapter, "num_virtual_tokens", 0)
+
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the objective reads, from what the data gives."""
+        if count := getattr(self.config.adapter, "num_virtual_tokens", 0):
+            batch = prepend_virtual_tokens(batch, self.model_config, count)
+        if self.config.objective.name == "kto":
+            a = self.config.gradient_accumulation_steps  # answers are exchanged within a micro-batch
+            parts = [mismatched(jax.tree.map(lambda x, i=i: np.split(x, a)[i], batch)) for i in range(a)]
+            batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        return batch
+
+    def _count_steps(self) -> int:
+        """The schedule must know the end, and only packing tells how many batches there will be."""
+        steps = sum(1 for _ in self.dataset())
+        if not steps:
+            raise ConfigError("the data has no example: see `data`")
+        return steps
+
+
+def _with_reference(config: TrainConfig) -> Objective:
+    """The objective; where it compares with a reference, that is the model without its adapter."""
+    objective = make_objective(config.objective)
+    if config.objective.name == "reward":
+        raise ConfigError("reward: the trainer has no score head yet; use jaxllm.training.objectives.RewardModel with a step of your own")
+    if not config.objective.needs_reference:
+        return objective
+    if config.adapter is None:
+        raise ConfigError(f"{config.objective.name} compares with the model as it was, which is kept only under an adapter: give lora")
+
+    def with_reference(model, batch, key):
+        reference = jax.lax.stop_gradient(reference_log_probs(adapter_disabled(model), batch))
+        return objective(model, reference, key)
+
+    return with_reference
+
+
+class _Run:
+    """The loop's own state."""
+
+    def __init__(self, trainer: Trainer, checkpointer: Checkpointer, out: Path):
+        self.t, self.checkpointer, self.out = trainer, checkpointer, out
+        self.data = trainer.dataset()
+        self.step, self.best, self.waited, self.eval_loss = 0, math.inf, 0, None
+        self.evaluated = self.saved = None  # at which step it last was
+        if checkpointer.steps():
+            restored = checkpointer.restore("latest", onto=trainer.state)
+            trainer.state, self.step, self.saved = restored.state, restored.step, restored.step
+            self.data.set_state(restored.iterator_state)
+            self.best, self.waited = restored.metrics.get("best", math.inf), int(restored.metrics["waited"])
+            self.eval_loss = restored.metrics.get("last_eval_loss")
+            print(f"going on from step {self.step} of {checkpointer.folder}", file=sys.stderr)
+        write_config(trainer.config, out / "config.yaml")
+        self.log = MetricsLog(out / "metrics.jsonl", self.step)
+        self.peak = trainer.config.peak_flops or peak_flops(list(trainer.mesh.devices.flat))
+
+    def to_the_end(self, asked_to_stop: list[int]) -> TrainResult:
+        t, c = self.t, self.t.config
+        stopped, window, loss = None, _Window(), None
+        progress = Progress(t.total_steps, self.step)
+        while self.step < t.total_steps and stopped is None:
+            batch = next(self.data, None)
+            if batch is None:
+                stopped = f"the data ended before max_steps={c.max_steps}: raise data.epochs"
+                break
+            window.add(batch)
+            tracing = jax.profiler.trace(str(self.out / "profile")) if self.step + 1 in c.profile_steps else nullcontext()
+            with tracing:
+                t.state, metrics = t._step(t.state, t.frozen, self._place(batch))
+                window.metrics.append(metrics)
+                if self.step + 1 in c.profile_steps:
+                    jax.block_until_ready(t.state)
+            self.step += 1
+            last = self.step == t.total_steps
+            if last or self.step % c.logging_steps == 0:
+                values = window.values(t, self.step, self.data.counts["tokens"], self.peak)
+                loss, window = values["loss"], _Window()
+                self.log.write(values)
+                progress.show(self.step, values)
+            if c.eval_data is not None and (last or (c.eval_steps is not None and self.step % c.eval_steps == 0)):
+                stopped = self._evaluate()
+                window.restart()
+            if asked_to_stop:
+                stopped = "SIGTERM"
+            if last or stopped is not None or self.step % c.save_steps == 0:
+                self._save()
+        self.checkpointer.wait()
+        progress.close()
+        finished = stopped != "SIGTERM"
+        path = t.export(self.out / ("adapter" if c.adapter is not None else "model")) if c.export and finished else None
+        return TrainResult(self.step, loss, self.eval_loss, int(t.state.skipped), path, stopped)
+
+    def _place(self, batch: dict[str, np.ndarray]) -> Any:
+        t, a = self.t, self.t.config.gradient_accumulation_steps
+        cut = jax.tree.map(lambda x: x.reshape(a, x.shape[0] // a, *x.shape[1:]), t.prepared(batch))
+        return place_batch(cut, t.mesh, t.rules)
+
+    def _evaluate(self) -> str | None:
+        """Why to stop, if early stopping says so."""
+        values, patience = self.t.evaluate(), self.t.config.early_stopping_patience
+        self.eval_loss, self.evaluated = values["eval_loss"], self.step
+        self.log.write({"step": self.step, **values})
+        self.waited = 0 if self.eval_loss < self.best else self.waited + 1
+        self.best = min(self.best, self.eval_loss)
+        stop = patience is not None and self.waited >= patience
+        return f"eval_loss has not fallen for {self.waited} evaluations (early_stopping_patience)" if stop else None
+
+    def _save(self) -> None:
+        if self.saved == self.step:
+            return
+        metrics = {"waited": self.waited}
+        if self.eval_loss is not None:
+            metrics |= {"last_eval_loss": self.eval_loss, "best": self.best}
+            if self.evaluated == self.step:
+                metrics["eval_loss"] = self.eval_loss
+        data, config = self.data.get_state(), to_dict(self.t.config)
+        self.checkpointer.save(self.step, self.t.state, iterator_state=data, metrics=metrics, config=config)
+        self.saved = self.step
+
+
+class _Window:
+    """What is summed between two lines of metrics."""
+
+    def __init__(self) -> None:
+        self.metrics: list[Any] = []
+        self.tokens, self.squared = 0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Time that goes to something else is not counted."""
+        self.start, self.counted = time.monotonic(), 0
+
+    def add(self, batch: dict[str, Any]) -> None:
+        for part in [batch] if "tokens" in batch else batch.values():
+            used = part["segment_ids"] > 0
+            self.tokens, self.counted = self.tokens + int(used.sum()), self.counted + int(used.sum())
+            # The sum over segments of length squared is twice that of positions + 1, as near as MFU needs it.
+            self.squared += float((2 * (part["positions"] + 1) * used).sum())
+
+    def values(self, trainer: Trainer, step: int, tokens: int, peak: float | None) -> dict[str, Any]:
+        metrics = jax.device_get(self.metrics)  # waits for the steps
+        seconds = time.monotonic() - self.start
+        done = [m for m in metrics if m["finite"]]
+        weight = sum(float(m["weight"]) for m in done)
+        mean = lambda name: sum(float(m[name]) * float(m["weight"]) for m in done) / weight if weight else math.nan
+        rate = self.counted / seconds
+        flops = training_flops(trainer.model_config, self.squared, self.tokens, frozen=trainer.config.adapter is not None)
+        mfu = None if peak is None or not self.tokens else flops * self.counted / self.tokens / seconds / peak
+        out = {"step": step, "loss": mean("loss"), "learning_rate": float(metrics[-1]["learning_rate"])}
+        out |= {"grad_norm": float(metrics[-1]["grad_norm"]), "tokens": tokens, "tokens_per_s": rate, "mfu": mfu}
+        told = ("loss", "learning_rate", "grad_norm", "weight", "finite")
+        return out | {name: mean(name) for name in metrics[-1] if name not in told} | {"skipped_steps": int(trainer.state.skipped)}
+
+
+def write_config(config: TrainConfig, file: Path) -> None:
+    """The settings as they were resolved, beside the run."""
+    import yaml
+
+    file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list that has an entry once SIGTERM has come; a second one ends the process as ever."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
+        yield asked
+        return
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
