@@ -104,6 +104,6 @@ def _divergence(whole: str, beginning: str) -> tuple[str, str]:
 def _unstable(i: int, role: str, alone: str, inside: str) -> DataError:
     return DataError(
         f"the chat template writes messages[{i}] (role {role}) otherwise when messages follow it ({alone[:40]!r} becomes "
-        f"{inside[:40]!r}), so it does not tell which tokens were generated: learn only the final answer with loss_on=last, "
-        "or pass a chat_template with {% generation %} blocks"
+        f"{inside[:40]!r}), so it does not tell which tokens were generated: learn only the final answer with loss_on=last "
+        "(where it is not that one), or pass a chat_template with {% generation %} blocks"
     )

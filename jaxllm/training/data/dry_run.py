@@ -18,7 +18,7 @@ def dry_run(dataset: Dataset, *, rows: int = 2, console: Console | None = None) 
     """
     state = dataset.get_state()
     batch = next(dataset)
-    counts = dict(dataset.counts)
+    counts, bad_records = dict(dataset.counts), list(dataset.bad_records)
     dataset.set_state(state)
     parts = batch if dataset.family == "preference" else {"": batch}
     shape = next(iter(parts.values()))["tokens"].shape
@@ -34,7 +34,7 @@ def dry_run(dataset: Dataset, *, rows: int = 2, console: Console | None = None) 
         "learned_tokens": learned,
         "padding_waste": round(1 - used / slots, 4),
         "drawn": counts,
-        "bad_records": list(dataset.bad_records),
+        "bad_records": bad_records,
         "rows": [],
     }
     for row in range(min(rows, shape[0])):
