@@ -18,7 +18,6 @@ __all__ = [
     "Batch",
     "Objective",
     "ObjectiveConfig",
-    "ObjectiveConfig",
     "RewardModel",
     "make_objective",
     "mismatched",
