@@ -198,7 +198,7 @@ def test_dry_run_shows_and_leaves_the_dataset_alone(tmp_path):
     dataset = dataset_of(path, epochs=1, shuffle=False, on_bad_record="skip")
     before = dataset.get_state()
     stream = io.StringIO()
-    report = dry_run(dataset, rows=2, console=Console(file=stream, width=100, force_terminal=True, color_system="standard"))
+    report = dry_run(dataset, rows=2, console=Console(file=stream, width=400, force_terminal=True, color_system="standard"))
     assert dataset.get_state() == before
     json.dumps(report)
     said = [span["text"] for row in report["rows"] for span in row["spans"] if span["learned"]]
