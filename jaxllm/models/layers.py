@@ -66,13 +66,6 @@ class Linear(nnx.Module):
         self.weight = parameter((n_out, n_in), axes[::-1], dtype=dtype, rngs=rngs)
         self.bias = parameter((n_out,), axes[1:], init="zeros", dtype=dtype, rngs=rngs) if bias else None
 
-    def extend(self, *others: "Linear") -> "Linear":
-        """Itself, with the output features of others that have the same input appended."""
-        for name in ("weight",) if self.bias is None else ("weight", "bias"):
-            parts = [getattr(linear, name) for linear in (self, *others)]
-            setattr(self, name, parts[0].replace(jnp.concatenate([part[...] for part in parts])))
-        return self
-
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T F"]:
         y = matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
@@ -107,27 +100,15 @@ class Attention(nnx.Module):
         self.q_proj = make(c.hidden_size, q_size, ("embed", "heads"), bias=c.qkv_bias)
         self.k_proj = make(c.hidden_size, kv_size, ("embed", "kv_heads"), bias=c.qkv_bias)
         self.v_proj = make(c.hidden_size, kv_size, ("embed", "kv_heads"), bias=c.qkv_bias)
-        self.qkv_proj = None  # takes the place of the three in `fuse`
         self.o_proj = make(q_size, c.hidden_size, ("heads", "embed"), bias=c.output_bias)
         full = c.qk_norm == "full"
         self.q_norm = norm(q_size if full else c.head_dim, "heads" if full else None) if c.qk_norm else None
         self.k_norm = norm(kv_size if full else c.head_dim, "kv_heads" if full else None) if c.qk_norm else None
         self.config, self.layer = config, layer
 
-    def fuse(self) -> None:
-        """Makes one product of the three that x goes into: a large one reads its weights nearer to the memory's speed."""
-        self.qkv_proj = nnx.data(self.q_proj.extend(self.k_proj, self.v_proj))
-        self.q_proj = self.k_proj = self.v_proj = None
-
-    def _project(self, x: Float[Array, "*T D"]) -> tuple[Array, Array, Array]:
-        if self.qkv_proj is None:
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q_size, kv_size = (n * self.config.head_dim for n in (self.config.num_heads, self.config.num_kv_heads))
-        return tuple(jnp.split(self.qkv_proj(x), (q_size, q_size + kv_size), axis=-1))
-
     def __call__(self, x: Float[Array, "*T D"], ropes: dict[str, Table], attend: Attend, cache: Any, number) -> tuple[Array, Any]:
         c, lead = self.config, x.shape[:-1]
-        q, k, v = self._project(x)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if c.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q = q.reshape(*lead, c.num_heads, c.head_dim)
@@ -146,24 +127,12 @@ class MLP(nnx.Module):
         self.gate_proj = make(c.hidden_size, c.intermediate_size, ("embed", "mlp")) if c.gated_mlp else None
         self.up_proj = make(c.hidden_size, c.intermediate_size, ("embed", "mlp"))
         self.down_proj = make(c.intermediate_size, c.hidden_size, ("mlp", "embed"))
-        self.gate_up_proj = None  # takes the place of the two in `fuse`
         self.activation = c.activation
-
-    def fuse(self) -> None:
-        """As `Attention.fuse`; without a gate there is nothing to do."""
-        if self.gate_proj is not None:
-            self.gate_up_proj = nnx.data(self.gate_proj.extend(self.up_proj))
-            self.gate_proj = self.up_proj = None
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         act = ACTIVATIONS[self.activation]
-        if self.gate_up_proj is not None:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        elif self.gate_proj is not None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            return self.down_proj(act(self.up_proj(x)))
-        return self.down_proj(act(gate) * up)
+        up = self.up_proj(x)
+        return self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)
 
 
 class DecoderLayer(nnx.Module):

@@ -10,11 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import psutil
-from flax import nnx
 
 from jaxllm.adapters import merge_into, read_adapter_config
 from jaxllm.checkpoints import open_checkpoint, resolve_model
-from jaxllm.checkpoints.load import Model, load_model
+from jaxllm.checkpoints.load import load_model
 from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
@@ -61,15 +60,10 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         loading = pool.submit(lambda: None if config.skip_tokenizer_init else _tokenizer(config, path))  # while weights are read
         # What is wrong with the tokenizer is raised at the next tensor, not when all have been read.
         check = lambda _: loading.done() and loading.result()
-        options = dict(dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
-
-        def read() -> Model:
-            model = load_model(source, **options)
-            return model if config.adapter is None else merge_into(model, config.adapter, base_model=config.model)
-
-        # Over several devices each would have parts of the wrong projections.
-        model = _fuse(read()) if on_cpu and not scan and mesh.size == 1 else read()
+        model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
         tokenizer = loading.result()
+    if config.adapter is not None:
+        model = merge_into(model, config.adapter, base_model=config.model)
 
     kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
     page_size = config.page_size or (8 if on_cpu else 64)
@@ -112,17 +106,6 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     )
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
     return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start, on_cpu and dtype == jnp.float32)
-
-
-def _fuse(model: Model) -> Model:
-    """The model with q, k and v in one product, and gate and up. Each layer's old weights go before the next are made, if nobody else
-    holds the model."""
-    config, decoder = model.config, nnx.merge(model.graph, model.params)
-    del model
-    for layer in decoder.layers:
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
-    return Model(config, *nnx.split(decoder, graph=False))
 
 
 def _programs_dir(folder: str | None) -> Path | None:
