@@ -31,39 +31,39 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class LoraConfig(AdapterConfig):
-    """LoRA (Hu et al., arXiv 2106.09685): y = W x + scaling B A x, with rsLoRA (2312.03732) and DoRA (2402.09353).
-
-    Attributes:
-      r: the rank of A [r, in] and B [out, r].
-      lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
-      target_modules: `all-linear`, a regular expression that a module's whole Hugging Face name matches, or a list of names' ends
-        (`q_proj`); None: PEFT's choice for the family.
-      exclude_modules: modules left out, spelled as target_modules.
-      lora_dropout: chance that an input feature of the adapter is dropped in training (`with_dropout`).
-      bias: only `none` is implemented.
-      use_dora: learn the norm of each row of the weight apart from its direction.
-      modules_to_save: modules trained and saved whole, by the ends of their names (`embed_tokens`, `lm_head`, norms).
-      init_lora_weights: True: A uniform (Kaiming, a = sqrt 5) and B zero; `gaussian`: A normal of standard deviation 1 / r; False:
-        B is random too (for tests).
-      layers_to_transform, layers_pattern: numbers of the layers to adapt, and what comes before a layer's number in names.
-      rank_pattern, alpha_pattern: another rank or alpha for modules whose name ends in (or matches, as a regular expression) the key.
-    """
+    """LoRA (Hu et al., arXiv 2106.09685): y = W x + scaling B A x; rsLoRA and DoRA are settings of it."""
 
     r: int = 8
+    "Rank of A [r, in] and B [out, r]."
     lora_alpha: float = 8
+    "The product B A is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."
     target_modules: Modules = None
+    "`all-linear`, a regular expression that a module's whole Hugging Face name matches, or names' ends (`q_proj`); null: PEFT's "
+    "choice for the family."
     exclude_modules: Modules = None
+    "Modules left out, spelled as target_modules."
     lora_dropout: float = 0.0
+    "Chance that an input feature of the adapter is dropped in training."
     bias: Literal["none", "all", "lora_only"] = "none"
+    "Only `none` is implemented."
     use_rslora: bool = False
+    "Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."
     use_dora: bool = False
+    "Learn the norm of each row of the weight apart from its direction (DoRA, arXiv 2402.09353)."
     modules_to_save: tuple[str, ...] | None = None
+    "Modules trained and saved whole, by the ends of their names (`lm_head`, norms)."
     init_lora_weights: bool | str = True
+    "true: A uniform (Kaiming, a = sqrt 5) and B zero; `gaussian`: A normal of standard deviation 1 / r; false: B random too, for tests."
     layers_to_transform: tuple[int, ...] | int | None = None
+    "Numbers of the layers to adapt; null: all."
     layers_pattern: Modules = None
+    "What comes before a layer's number in names."
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    "Another r for modules whose name ends in (or matches, as a regular expression) the key."
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    "Another lora_alpha, likewise."
     base_model_name_or_path: str | None = None
+    "The model that the files name as their base."
 
     peft_type = "LORA"
     unsupported = _LORA_ONLY
@@ -93,17 +93,20 @@ class LoraConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class IA3Config(AdapterConfig):
-    """(IA)^3 (Liu et al., arXiv 2205.05638): a learned factor for each output feature, or each input one of feed-forward modules.
-
-    `feedforward_modules` must be among `target_modules`; both are spelled as in LoraConfig.
-    """
+    """(IA)^3 (Liu et al., arXiv 2205.05638): a learned factor for each output feature, or each input one of feed-forward modules."""
 
     target_modules: Modules = None
+    "As LoRA's."
     feedforward_modules: Modules = None
+    "Those of target_modules whose inputs, not outputs, get the factors."
     exclude_modules: Modules = None
+    "Modules left out."
     modules_to_save: tuple[str, ...] | None = None
+    "Modules trained and saved whole."
     init_ia3_weights: bool = True
+    "Only true (factors of 1) is implemented."
     base_model_name_or_path: str | None = None
+    "The model that the files name as their base."
 
     peft_type = "IA3"
     unsupported = _COMMON
@@ -119,14 +122,14 @@ class IA3Config(AdapterConfig):
 
 @dataclass(frozen=True)
 class PromptTuningConfig(AdapterConfig):
-    """Prompt tuning (Lester et al., arXiv 2104.08691): learned embeddings of `num_virtual_tokens` tokens before the text.
-
-    `prompt_tuning_init`: `RANDOM` (standard normal), or `SAMPLE_VOCAB` (embeddings of tokens drawn from the vocabulary).
-    """
+    """Prompt tuning (Lester et al., arXiv 2104.08691): learned embeddings of `num_virtual_tokens` tokens before the text."""
 
     num_virtual_tokens: int = 8
+    "Tokens before the text."
     prompt_tuning_init: str = "RANDOM"
+    "`RANDOM` (standard normal), or `SAMPLE_VOCAB` (embeddings of tokens drawn from the vocabulary)."
     base_model_name_or_path: str | None = None
+    "The model that the files name as their base."
 
     peft_type = "PROMPT_TUNING"
     unsupported = _PROMPT_ONLY
@@ -142,15 +145,16 @@ class PromptTuningConfig(AdapterConfig):
 
 @dataclass(frozen=True)
 class PrefixTuningConfig(AdapterConfig):
-    """Prefix tuning (Li & Liang, arXiv 2101.00190): learned keys and values of `num_virtual_tokens` tokens in every layer.
-
-    `init_weights`: None (standard normal) or `zero`.
-    """
+    """Prefix tuning (Li & Liang, arXiv 2101.00190): learned keys and values of `num_virtual_tokens` tokens in every layer."""
 
     num_virtual_tokens: int = 8
+    "Tokens before the text."
     prefix_projection: bool = False
+    "Only false is implemented."
     init_weights: str | None = None
+    "null (standard normal) or `zero`."
     base_model_name_or_path: str | None = None
+    "The model that the files name as their base."
 
     peft_type = "PREFIX_TUNING"
     unsupported = _PROMPT_ONLY

@@ -19,7 +19,7 @@ from jaxllm.adapters.layers import IA3, FusedAdapted
 from jaxllm.adapters.targets import at, hf_weights, layers_at, pattern_value, resolve_targets, targeted
 from jaxllm.checkpoints.load import Model, all_finite
 from jaxllm.checkpoints.safetensors_source import read_file
-from jaxllm.checkpoints.writer import whole_folder, write_file
+from jaxllm.checkpoints.writer import check_target, whole_folder, write_file
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.models import Decoder, family_of
 
@@ -55,7 +55,7 @@ def save_adapter(
     The folder appears whole or not at all. Raises CheckpointError for a non-empty folder (unless `overwrite`, which replaces an
     adapter and nothing else).
     """
-    folder = _check_target(folder, overwrite)
+    folder = check_target(folder, overwrite, what="adapter", marker=CONFIG_NAME)
     tensors = adapter_tensors(model, config, dtype=dtype)
     with whole_folder(folder) as staging:
         values = config_to_peft(config, **_derived(model, config))
@@ -239,16 +239,3 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         )
         raise CheckpointError(f"{folder} holds no {WEIGHTS_NAME}{pickled}")
     return read_file(file)
-
-
-def _check_target(folder: str | os.PathLike, overwrite: bool) -> Path:
-    folder = Path(folder).expanduser().absolute()
-    if folder.exists():
-        if not folder.is_dir():
-            raise CheckpointError(f"Cannot write an adapter at {folder}: a file is there. Choose another folder.")
-        if any(folder.iterdir()):
-            if not overwrite:
-                raise CheckpointError(f"The folder {folder} is not empty. Choose another, or pass overwrite=True to replace it.")
-            if not (folder / CONFIG_NAME).exists():
-                raise CheckpointError(f"{folder} has no {CONFIG_NAME}, so it is no adapter and is not overwritten. Choose another.")
-    return folder

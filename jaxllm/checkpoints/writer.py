@@ -58,17 +58,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def check_target(folder: str | os.PathLike, overwrite: bool) -> Path:
-    """The absolute path of a folder that may be written to. Raises CheckpointError as `write_safetensors` says."""
+def check_target(folder: str | os.PathLike, overwrite: bool, *, what: str = "checkpoint", marker: str = "config.json") -> Path:
+    """The absolute path of a folder that may be written to; what is replaced must hold the file `marker`, as every `what` does.
+
+    Raises CheckpointError as `write_safetensors` says.
+    """
     folder = Path(folder).expanduser().absolute()
     if folder.exists():
         if not folder.is_dir():
-            raise CheckpointError(f"Cannot write a checkpoint at {folder}: a file is there. Choose another folder.")
+            raise CheckpointError(f"Cannot write the {what} at {folder}: a file is there. Choose another folder.")
         if any(folder.iterdir()):
             if not overwrite:
                 raise CheckpointError(f"The folder {folder} is not empty. Choose another, or pass overwrite=True to replace it.")
-            if not (folder / "config.json").exists():
-                raise CheckpointError(f"{folder} has no config.json, so it is no checkpoint and is not overwritten. Choose another.")
+            if not (folder / marker).exists():
+                raise CheckpointError(f"{folder} has no {marker}, so it is no {what} and is not overwritten. Choose another.")
     return folder
 
 

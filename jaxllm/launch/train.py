@@ -47,5 +47,5 @@ def _dry_run(config: TrainConfig) -> dict[str, Any]:
     from jaxllm.training.data import dry_run, make_dataset
 
     tokenizer = load_tokenizer(resolve_model(config.model))
-    data = make_dataset(config.data, tokenizer, batch_size=config.batch_size, max_length=config.max_length, seed=config.seed)
+    data = make_dataset(config.data, tokenizer, batch_size=config.batch_size, max_length=config.text_length, seed=config.seed)
     return dry_run(data, console=Console())

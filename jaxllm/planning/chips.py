@@ -1,4 +1,4 @@
-"""Chips by name: what their makers publish, and their compilers' names for them."""
+"""Chips by name, and topologies of them that are not here."""
 
 import difflib
 import importlib.util
@@ -8,41 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.errors import ConfigError
-from jaxllm.planning.gpus import GPUS, gpu_devices
+from jaxllm.planning.gpus import GPUS, Gpu, gpu_devices
+from jaxllm.sharding.chips import TPUS, Chip
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Of one device as JAX counts them (on v7x two a chip): bytes, bytes a second, bfloat16 operations a second, published peaks.
-
-    `shape` is how many numbers its topologies have ("2x2": 2), and `usual` are some of them.
-    `platform`: tpu or gpu.
-    """
-
-    name: str
-    compiler_name: str
-    memory_bytes: int
-    bandwidth: float
-    flops: float
-    shape: int
-    usual: tuple[str, ...]
-    platform: str = "tpu"
+def _chip(gpu: Gpu) -> Chip:
+    kind = gpu.device_kind
+    return Chip(gpu.name, kind, (kind,), gpu.memory_bytes, gpu.bandwidth, gpu.flops, 1, ("1", "2", "4", "8"), "gpu")
 
 
-# Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x"; of v5e's 16 and v6e's 32 GiB the runtime keeps a part.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", "v4", 32 * 2**30, 1228e9, 275e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
-        Chip("v5e", "v5e", int(15.75 * 2**30), 819e9, 197e12, 2, ("1x1", "2x2", "2x4", "4x4")),
-        Chip("v5p", "v5p", 95 * 2**30, 2765e9, 459e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
-        Chip("v6e", "v6e", int(31.25 * 2**30), 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4")),
-        Chip("v7x", "tpu7x", 96 * 2**30, 3690e9, 1153.5e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
-    )
-} | {
-    gpu.name: Chip(gpu.name, gpu.device_kind, gpu.memory_bytes, gpu.bandwidth, gpu.flops, 1, ("1", "2", "4", "8"), "gpu")
-    for gpu in GPUS.values()
-}
+CHIPS = TPUS | {gpu.name: _chip(gpu) for gpu in GPUS.values()}
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,13 @@ class Tokenizer:
         """
         return self._encoding(text, add_special_tokens).ids
 
+    def encode_with_mask(
+        self, text: str, spans: Sequence[tuple[int, int]], add_special_tokens: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """The ids of `text`, and 1 for those that overlap one of the half-open ranges of characters `spans`, 0 for others."""
+        encoding = self._encoding(text, add_special_tokens)
+        return encoding.ids, _mask(encoding.offsets, spans)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD. Spaces before punctuation are never "cleaned up".
 
@@ -143,10 +150,9 @@ class Tokenizer:
         )
         if not tokenize:
             return rendered.text
-        encoding = self._encoding(rendered.text, add_special_tokens=False)
         if not return_assistant_mask:
-            return encoding.ids
-        return encoding.ids, _mask(encoding.offsets, rendered.generation_spans)
+            return self.encode(rendered.text, add_special_tokens=False)
+        return self.encode_with_mask(rendered.text, rendered.generation_spans)
 
     def _choose_template(self, wanted: str | None, tools: object) -> str:
         if wanted is not None:
@@ -175,10 +181,10 @@ class Tokenizer:
 
 
 def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for every token (start and end character, half open) that overlaps one of `spans`, which are in order."""
-    mask = [0] * len(offsets)
-    for span_start, span_end in spans:
-        for i, (start, end) in enumerate(offsets):
-            if start < span_end and end > span_start:
-                mask[i] = 1
+    """1 for every token (start and end character, half open) that overlaps one of `spans`. Byte-level tokenizers leave spaces out of a
+    token's offsets: the characters between two tokens' offsets belong to the second."""
+    mask, before = [], 0
+    for start, end in offsets:
+        start, before = min(start, before), max(end, before)
+        mask.append(int(any(start < span_end and end > span_start for span_start, span_end in spans)))
     return mask

@@ -1,6 +1,5 @@
 """Fine-tuning: the one loop, its objectives, data, optimisers and checkpoints."""
 
-from jaxllm.training.config import MeshConfig, TrainConfig
-from jaxllm.training.trainer import Trainer, TrainResult
+from jaxllm.lazy import lazy
 
-__all__ = ["MeshConfig", "TrainConfig", "TrainResult", "Trainer"]
+__all__, __getattr__ = lazy(__name__, config=("MeshConfig", "TrainConfig"), trainer=("TrainResult", "Trainer"))

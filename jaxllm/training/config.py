@@ -82,8 +82,9 @@ class TrainConfig:
     export: bool = True
     "Write the result at the end: a Hugging Face folder, or the adapter in PEFT's format."
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    "Of an exported model; an adapter keeps the type that it was trained in."
     peak_flops: float | None = None
-    "Operations a second of all devices together, for mfu; by default what the maker publishes, if known."
+    "Operations a second of all devices together, for mfu; by default what is published of TPUs, and elsewhere mfu is null."
     profile_steps: tuple[int, ...] = field(default=())
     "Write XLA profiler traces of these steps."
 
@@ -111,6 +112,16 @@ class TrainConfig:
             for name in ("data", "eval_data"):
                 if (data := getattr(self, name)) is not None and data.packing:
                     raise ConfigError(f"prompt and prefix tuning take one example a row: set {name}.packing to false")
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Learned tokens before each text."""
+        return getattr(self.adapter, "num_virtual_tokens", 0)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of text in a row."""
+        return self.max_length - self.virtual_tokens
 
     @property
     def adapter(self) -> AdapterConfig | None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxllm.models import ModelConfig
-from jaxllm.planning.chips import CHIPS
+from jaxllm.sharding.chips import TPUS
 
 
 class MetricsLog:
@@ -80,7 +80,5 @@ def training_flops(config: ModelConfig, lengths_squared: float, tokens: float, *
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
-    """bfloat16 operations a second that the devices' maker publishes, together; None if not known (a CPU's)."""
-    kinds = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "v7x"}
-    chip = CHIPS.get(kinds.get(devices[0].device_kind, ""))
-    return None if chip is None else chip.flops * len(devices)
+    """bfloat16 operations a second that the maker publishes of TPUs, together; None for other devices."""
+    return next((chip.flops * len(devices) for chip in TPUS.values() if devices[0].device_kind in chip.device_kinds), None)

@@ -67,8 +67,12 @@ class Trainer:
         self.model_config = config_from_hf(source.config)
         if c.max_length > self.model_config.max_positions:
             raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
+        self.objective = _with_reference(c)
         self.tokenizer = load_tokenizer(self.path)
-        self.total_steps = c.max_steps if c.max_steps is not None else self._count_steps()
+        data = self.dataset()
+        self.total_steps = c.max_steps if c.max_steps is not None else sum(1 for _ in data)  # only packing tells how many there are
+        if not self.total_steps:
+            raise ConfigError("the data has no example: see `data`")
         self.rules = fit_to_model(ShardingRules(), self.model_config, self.mesh)
         # What is trained is kept in float32, unless that is not wanted; what is not trained needs no more than it computes with.
         keep_float32 = c.precision == "float32" or (c.precision == "bfloat16_mixed" and c.adapter is None)
@@ -85,7 +89,6 @@ class Trainer:
         self.optimizer, self.schedule = make_optimizer(c.optimizer, trainable, self.total_steps)
         settings = StepConfig(c.precision, c.optimizer.max_grad_norm, c.optimizer.ema_decay)
         self.state = init_state(trainable, self.optimizer, settings, c.seed)
-        self.objective = _with_reference(c)
         dropout = c.lora is not None and c.lora.lora_dropout > 0
         training = (lambda model, batch, key: self.objective(with_dropout(model, key), batch, key)) if dropout else self.objective
         self._step = make_train_step(self.parts, training, self.optimizer, self.schedule, settings, self.state)
@@ -118,7 +121,8 @@ class Trainer:
         """`eval_loss` and the objective's metrics over all of eval_data, each an average over its weights."""
         c = self.config
         once = replace(c.eval_data, epochs=1, shuffle=False)
-        data = make_dataset(once, self.tokenizer, batch_size=c.batch_size // c.gradient_accumulation_steps, max_length=self._length)
+        rows = c.batch_size // c.gradient_accumulation_steps
+        data = make_dataset(once, self.tokenizer, batch_size=rows, max_length=c.text_length)
         sums: dict[str, np.ndarray] = {}
         params = self._best_params()
         for batch in self._fitting(data):
@@ -133,7 +137,7 @@ class Trainer:
         """The training data from its beginning, in batches of a whole step."""
         c = self.config
         data = c.data if c.data.epochs or c.max_steps is not None else replace(c.data, epochs=1)
-        return self._fitting(make_dataset(data, self.tokenizer, batch_size=c.batch_size, max_length=self._length, seed=c.seed))
+        return self._fitting(make_dataset(data, self.tokenizer, batch_size=c.batch_size, max_length=c.text_length, seed=c.seed))
 
     def _fitting(self, data: Dataset) -> Dataset:
         """Raises ConfigError for records that the objective cannot read."""
@@ -141,31 +145,19 @@ class Trainer:
         if data.family != wanted:
             name = self.config.objective.name
             raise ConfigError(f"objective {name} reads records with {_KEYS[wanted]}; the data's have {_KEYS[data.family]}")
-        if data.family == "preference" and hasattr(self.config.adapter, "num_virtual_tokens"):
+        if data.family == "preference" and self.config.virtual_tokens:
             raise ConfigError("prompt and prefix tuning on pairs are not implemented: use lora")
         return data
 
-    @property
-    def _length(self) -> int:
-        """Of a row of text, without the virtual tokens that come before it."""
-        return self.config.max_length - getattr(self.config.adapter, "num_virtual_tokens", 0)
-
     def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the objective reads, from what the data gives."""
-        if count := getattr(self.config.adapter, "num_virtual_tokens", 0):
-            batch = prepend_virtual_tokens(batch, self.model_config, count)
+        if self.config.virtual_tokens:
+            batch = prepend_virtual_tokens(batch, self.model_config, self.config.virtual_tokens)
         if self.config.objective.name == "kto":
             a = self.config.gradient_accumulation_steps  # answers are exchanged within a micro-batch
             parts = [mismatched(jax.tree.map(lambda x, i=i: np.split(x, a)[i], batch)) for i in range(a)]
             batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         return batch
-
-    def _count_steps(self) -> int:
-        """The schedule must know the end, and only packing tells how many batches there will be."""
-        steps = sum(1 for _ in self.dataset())
-        if not steps:
-            raise ConfigError("the data has no example: see `data`")
-        return steps
 
 
 def _with_reference(config: TrainConfig) -> Objective:
@@ -206,7 +198,7 @@ class _Run:
 
     def to_the_end(self, asked_to_stop: list[int]) -> TrainResult:
         t, c = self.t, self.t.config
-        stopped, window, loss = None, _Window(), None
+        stopped, window, loss = self._out_of_patience(), _Window(), None
         progress = Progress(t.total_steps, self.step)
         while self.step < t.total_steps and stopped is None:
             batch = next(self.data, None)
@@ -228,7 +220,8 @@ class _Run:
                 self.log.write(values)
                 progress.show(self.step, values)
             if c.eval_data is not None and (last or (c.eval_steps is not None and self.step % c.eval_steps == 0)):
-                stopped = self._evaluate()
+                self._evaluate()
+                stopped = self._out_of_patience()
                 window.restart()
             if asked_to_stop:
                 stopped = "SIGTERM"
@@ -245,13 +238,16 @@ class _Run:
         cut = jax.tree.map(lambda x: x.reshape(a, x.shape[0] // a, *x.shape[1:]), t.prepared(batch))
         return place_batch(cut, t.mesh, t.rules)
 
-    def _evaluate(self) -> str | None:
-        """Why to stop, if early stopping says so."""
-        values, patience = self.t.evaluate(), self.t.config.early_stopping_patience
+    def _evaluate(self) -> None:
+        values = self.t.evaluate()
         self.eval_loss, self.evaluated = values["eval_loss"], self.step
         self.log.write({"step": self.step, **values})
         self.waited = 0 if self.eval_loss < self.best else self.waited + 1
         self.best = min(self.best, self.eval_loss)
+
+    def _out_of_patience(self) -> str | None:
+        """Why to stop early, if so: of a run that goes on, too."""
+        patience = self.t.config.early_stopping_patience
         stop = patience is not None and self.waited >= patience
         return f"eval_loss has not fallen for {self.waited} evaluations (early_stopping_patience)" if stop else None
 

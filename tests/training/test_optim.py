@@ -19,7 +19,8 @@ NAMES = get_args(OptimizerName)
 def params():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    return {"embed_tokens": draw(64, 96), "blocks.0.mlp.up_proj.weight": draw(2, 64, 96), "blocks.0.mlp_norm.weight": draw(2, 96)}
+    shapes = {"embed_tokens": (64, 96), "blocks.0.mlp.up_proj.weight": (2, 64, 96), "blocks.0.mlp_norm.weight": (2, 96), "odd": (13, 521)}
+    return {name: draw(*shape) for name, shape in shapes.items()}
 
 
 def distance(params):

@@ -174,6 +174,24 @@ def test_a_damaged_checkpoint_is_passed_over(whole, model, data, tmp_path, caplo
     check_same(tmp_path / "run", whole)
 
 
+def test_lora_on_a_mesh_is_lora_on_one_device(model, data, tmp_path):
+    lora = to_dict(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    told = []
+    for name, mesh in (("one", {}), ("many", {"data": 2, "fsdp": 2, "tensor": 2})):
+        changes = dict(lora=lora, eval_data=None, export=False, mesh=mesh, max_steps=4)
+        Trainer(config(model, data, tmp_path / name, **changes)).train()
+        told.append(losses(tmp_path / name))
+    assert told[0] == pytest.approx(told[1], rel=1e-5)
+
+
+def test_a_run_that_was_stopped_early_stays_stopped(model, data, tmp_path):
+    settings = config(model, data, tmp_path / "run", eval_steps=1, early_stopping_patience=2, optimizer={"learning_rate": 10.0})
+    first = Trainer(settings).train()
+    assert "early_stopping" in first.stopped and first.steps < 12
+    again = Trainer(settings).train()
+    assert again.steps == first.steps and again.stopped == first.stopped
+
+
 def test_lora_trains_the_adapter_only(model, data, tmp_path):
     lora = to_dict(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1))
     settings = config(model, data, tmp_path / "run", lora=lora, eval_data=None, optimizer={"learning_rate": 1e-2})

@@ -1,7 +1,7 @@
 """Training data: files to batches, deterministic and resumable at any batch."""
 
-from jaxllm.training.data.config import DataConfig, DataSource
-from jaxllm.training.data.dataset import Dataset, make_dataset
-from jaxllm.training.data.dry_run import dry_run
+from jaxllm.lazy import lazy
 
-__all__ = ["DataConfig", "DataSource", "Dataset", "dry_run", "make_dataset"]
+__all__, __getattr__ = lazy(
+    __name__, config=("DataConfig", "DataSource"), dataset=("Dataset", "make_dataset"), preview=("dry_run",)
+)

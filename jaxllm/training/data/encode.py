@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import DataError, RequestError, TokenizerError
-from jaxllm.tokenizers import Tokenizer, chat_template
+from jaxllm.tokenizers import Tokenizer
 from jaxllm.training.data.chat_mask import message_spans
 from jaxllm.training.data.config import DataConfig
 from jaxllm.training.data.records import check_record
@@ -62,19 +62,20 @@ class Encoder:
         """Text as it stands. The prompt and the completion are tokenised together, as a served conversation would be; a token that
         holds the end of one and the beginning of the other is learned."""
         everything = not prompt or self.config.loss_on[0] == "all"
-        encoding = self.tokenizer._encoding(prompt + completion, add_special_tokens=True)
-        ids = list(encoding.ids)
-        loss = [True] * len(ids) if everything else _inside(encoding.offsets, [(len(prompt), len(prompt) + len(completion))])
+        learned = (0 if everything else len(prompt), len(prompt) + len(completion))
+        ids, loss = self.tokenizer.encode_with_mask(prompt + completion, [learned], add_special_tokens=True)
+        if everything:
+            loss = [1] * len(ids)  # with what the tokenizer puts before the text
         if prompt and self.config.loss_on[0] not in ("completions", "last", "all"):
             raise DataError(f"loss_on={list(self.config.loss_on)} names roles, and a prompt as text has none: use completions or all")
         if self.config.append_eos:
             if self.tokenizer.eos_token_id is None:
                 raise DataError("append_eos needs a tokenizer with an end-of-text token, and this one has none: set append_eos to false")
             if ids[-1:] == [self.tokenizer.eos_token_id]:
-                loss[-1] = True
+                loss[-1] = 1
             else:
                 ids.append(self.tokenizer.eos_token_id)
-                loss.append(True)
+                loss.append(1)
         return _sequence(ids, loss)
 
     def _chat(self, messages: list[dict[str, Any]], tools: list | None, after: list[dict[str, Any]] | None = None) -> Sequence:
@@ -87,40 +88,23 @@ class Encoder:
 
         if loss_on[0] == "all" and after is None:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, **options)
-            return _sequence(ids, [True] * len(ids))
+            return _sequence(ids, [1] * len(ids))
         template = tokenizer._choose_template(self.config.chat_template, tools)
         if after is None and loss_on[0] in ("completions", "last") and _GENERATION.search(template):
-            rendered = chat_template.render(
-                template,
-                messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=False,
-                continue_final_message=False,
-                mark_generation=True,
-                variables={**tokenizer.special_tokens, **self.config.template_options},
-            )
-            text, spans = rendered.text, list(rendered.generation_spans)
-            spans = spans[-1:] if loss_on[0] == "last" else spans
-        elif after is None:
+            ids, mask = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_assistant_mask=True, **options)
+            if loss_on[0] == "last" and 1 in mask:
+                end = len(mask) - mask[::-1].index(1)
+                start = end - [*mask[:end][::-1], 0].index(0)
+                mask = [int(start <= i < end) for i in range(len(mask))]
+            return _sequence(ids, mask)
+        if after is None:
             text, spans = message_spans(tokenizer, messages, loss_on, render)
         else:
             roles = loss_on if loss_on[0] not in ("last", "all") else ("completions",)
             text, spans = message_spans(tokenizer, messages, ("last",) if len(messages) == len(after) + 1 else roles, render)
             before = len(render(after, True))
             spans = [(start, end) for start, end in spans if start >= before]
-        encoding = tokenizer._encoding(text, add_special_tokens=False)
-        return _sequence(encoding.ids, _inside(encoding.offsets, spans))
-
-
-def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-    """Whether each token overlaps one of the spans of characters. Byte-level tokenizers leave spaces out of a token's offsets: the
-    characters between two tokens' offsets belong to the second."""
-    inside, before = [], 0
-    for start, end in offsets:
-        start, before = min(start, before), max(end, before)
-        inside.append(any(start < span_end and end > span_start for span_start, span_end in spans))
-    return inside
+        return _sequence(*tokenizer.encode_with_mask(text, spans))
 
 
 def _sequence(ids: list[int], loss: Any) -> Sequence:

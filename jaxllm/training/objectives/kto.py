@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.objectives.base import Batch, Objective, ObjectiveConfig, sequence_log_probs
+from jaxllm.training.objectives.base import Batch, Objective, sequence_log_probs
+from jaxllm.training.objectives.config import ObjectiveConfig
 from jaxllm.training.objectives.preference import _reference
 
 

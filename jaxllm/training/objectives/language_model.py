@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from jaxllm.training.losses import cross_entropy
-from jaxllm.training.objectives.base import Objective, ObjectiveConfig, hidden_states
+from jaxllm.training.objectives.base import Objective, hidden_states
+from jaxllm.training.objectives.config import ObjectiveConfig
 
 
 def language_model(config: ObjectiveConfig) -> Objective:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.objectives.base import Batch, Metrics, Objective, ObjectiveConfig, both, sequence_log_probs
+from jaxllm.training.objectives.base import Batch, Metrics, Objective, both, sequence_log_probs
+from jaxllm.training.objectives.config import ObjectiveConfig
 
 _KEYS = ("tokens", "targets", "weights", "segment_ids", "positions")
 
@@ -36,7 +37,8 @@ def dpo(config: ObjectiveConfig) -> Objective:
 def orpo(config: ObjectiveConfig) -> Objective:
     """Odds-ratio preference optimisation (Hong et al., arXiv 2403.07691): cross-entropy of the chosen answers, and their odds.
 
-    As in TRL, the first part is the mean over the batch's tokens; a step of several micro-batches averages theirs by pairs.
+    The first part is the mean over the answers' tokens in a micro-batch, as the paper has it (TRL's is over the prompt too); a step of
+    several micro-batches averages theirs by pairs.
     """
 
     def objective(model, batch, key):
@@ -83,9 +85,9 @@ def _log1mexp(x: Array) -> Array:
 
 
 def _sums(batch: Batch, losses: Array, chosen: Array, rejected: Array) -> tuple[Array, Array, Metrics]:
-    # A last batch has empty rows, which are no pairs.
-    has_text = lambda half: jnp.any(batch[half]["segment_ids"] != 0, axis=-1)
-    real = (has_text("chosen") & has_text("rejected")).astype(jnp.float32)
+    # A last batch has empty rows, which are no pairs; nor is one whose answer was cut off.
+    has_answer = lambda half: jnp.any(batch[half]["weights"] != 0, axis=-1)
+    real = (has_answer("chosen") & has_answer("rejected")).astype(jnp.float32)
     total = jnp.sum(real)
     chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
     metrics = {

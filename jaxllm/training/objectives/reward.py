@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from jaxllm.models import Decoder
 from jaxllm.models.layers import Linear
-from jaxllm.training.objectives.base import Batch, Objective, ObjectiveConfig, both, hidden_states
+from jaxllm.training.objectives.base import Batch, Objective, both, hidden_states
+from jaxllm.training.objectives.config import ObjectiveConfig
 from jaxllm.training.objectives.preference import _KEYS, _sums
 
 

@@ -61,16 +61,14 @@ def _large(x: Array) -> bool:
 
 
 def _quantize(x: Array, signed: bool) -> Quantized:
-    size = x.shape[-1]
-    block = next(b for b in range(min(size, _BLOCK), 0, -1) if size % b == 0)
-    blocks = x.reshape(*x.shape[:-1], size // block, block)
+    blocks = _in_blocks(x)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
     share = blocks / jnp.where(scales == 0, 1, scales)[..., None]
     if signed:
         codes = jnp.round(127 * jnp.sign(share) * jnp.sqrt(jnp.abs(share))).astype(jnp.int8)
     else:
         codes = jnp.maximum(jnp.round(255 * jnp.sqrt(jnp.sqrt(share))), share > 0).astype(jnp.uint8)
-    return Quantized(codes.reshape(x.shape), scales)
+    return Quantized(_joined(codes, x.shape[-1]), scales)
 
 
 def _dequantize(x: Quantized | Array) -> Array:
@@ -78,6 +76,18 @@ def _dequantize(x: Quantized | Array) -> Array:
         return x
     codes, scales = x
     signed = codes.dtype == jnp.int8
-    blocks = codes.astype(jnp.float32).reshape(*scales.shape, -1) / (127 if signed else 255)
+    blocks = _in_blocks(codes).astype(jnp.float32) / (127 if signed else 255)
     share = jnp.sign(blocks) * jnp.square(blocks) if signed else jnp.square(jnp.square(blocks))
-    return (share * scales[..., None]).reshape(codes.shape)
+    return _joined(share * scales[..., None], codes.shape[-1])
+
+
+def _in_blocks(x: Array) -> Array:
+    """[..., n] to [..., blocks, b]: the last block is filled up with zeros."""
+    size = x.shape[-1]
+    block = min(size, _BLOCK)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % block)])
+    return padded.reshape(*x.shape[:-1], -1, block)
+
+
+def _joined(blocks: Array, size: int) -> Array:
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., :size]

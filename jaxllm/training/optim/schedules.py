@@ -1,4 +1,4 @@
-"""Learning rates over a run, as transformers computes them: the first step of a warm-up has rate 0."""
+"""Learning rates over a run, as transformers computes them (but wsd falls linearly): the first step of a warm-up has rate 0."""
 
 from collections.abc import Callable
 

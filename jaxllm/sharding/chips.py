@@ -1,0 +1,35 @@
+"""What makers publish of their chips."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Of one device as JAX counts them (on v7x two a chip): bytes, bytes a second, bfloat16 operations a second, published peaks.
+
+    `compiler_name` is the compiler's, `device_kinds` are JAX's for devices that are there. `shape` is how many numbers its
+    topologies have ("2x2": 2), and `usual` are some of them. `platform`: tpu or gpu.
+    """
+
+    name: str
+    compiler_name: str
+    device_kinds: tuple[str, ...]
+    memory_bytes: int
+    bandwidth: float
+    flops: float
+    shape: int
+    usual: tuple[str, ...]
+    platform: str = "tpu"
+
+
+# Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x"; of v5e's 16 and v6e's 32 GiB the runtime keeps a part.
+TPUS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", "v4", ("TPU v4",), 32 * 2**30, 1228e9, 275e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
+        Chip("v5e", "v5e", ("TPU v5 lite",), int(15.75 * 2**30), 819e9, 197e12, 2, ("1x1", "2x2", "2x4", "4x4")),
+        Chip("v5p", "v5p", ("TPU v5", "TPU v5p"), 95 * 2**30, 2765e9, 459e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
+        Chip("v6e", "v6e", ("TPU v6 lite",), int(31.25 * 2**30), 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4")),
+        Chip("v7x", "tpu7x", ("TPU7x",), 96 * 2**30, 3690e9, 1153.5e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
+    )
+}
