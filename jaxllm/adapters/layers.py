@@ -64,7 +64,7 @@ class Lora(nnx.Module):
         """What `base`, the Linear of these rows of the adapted matrix, gives for x with the adapter on."""
         y, a, b = base(x), self.lora_A[...], self.lora_B[...][rows]
         dropped = self._drop(x)
-        lora = matmul(matmul(dropped.astype(a.dtype), a), b) * self._scaling(a.dtype)
+        lora = matmul(matmul(dropped.astype(a.dtype), a) * self._scaling(a.dtype), b)
         if self.magnitude is None:
             return y + lora.astype(y.dtype)
         # The norm is taken as a constant in backpropagation: section 4.3 of the paper.

@@ -55,7 +55,19 @@ def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], *, init: str
 def matmul(x: Float[Array, "*T D"], w: Float[Array, "F D"]) -> Float[Array, "*T F"]:
     """x @ w.T in their own type; float32 stays float32 on chips whose default is to multiply it in bfloat16."""
     precision = jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
+    return _gradient_as_one(jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision))
+
+
+@jax.custom_vjp
+def _gradient_as_one(y: Array) -> Array:
+    """y, whose gradient is computed once on the CPU, before it is transposed for the product that makes the weights'. XLA would fuse the
+    two, and read all that the gradient is made of column by column."""
+    return y
+
+
+_gradient_as_one.defvjp(
+    lambda y: (y, None), lambda _, g: (jax.lax.platform_dependent(g, cpu=jax.lax.optimization_barrier, default=lambda g: g),)
+)
 
 
 class Linear(nnx.Module):

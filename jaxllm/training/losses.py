@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.models import Decoder
+from pallas_kernels.row_sum import row_sum
 
 _CHUNK_VALUES = 1 << 24  # logits alive at a time
 _HEAD = ("lm_head", "project_out")
@@ -40,21 +41,22 @@ def cross_entropy(
     chunks = _chunks(model, hidden.shape, chunk_tokens)
     hs, ts, ws = chunks(hidden), chunks(targets), chunks(weights.astype(jnp.float32))
 
-    def parts(logits: Array, t: Array, w: Array) -> tuple[Array, Array]:
-        lse = jax.nn.logsumexp(logits, axis=-1)
+    def parts(logits: Array, t: Array, w: Array) -> tuple[Array, Array, Array]:
+        p, lse = softmax_and_log_sum(logits)
         nll = lse - jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
         smooth = nll if not label_smoothing else (1 - label_smoothing) * nll + label_smoothing * (lse - logits.mean(-1))
         z = z_loss * jnp.square(lse)
         # A padded token may have any logits, so it is left out and not multiplied by zero.
         sums = [jnp.sum(jnp.where(w != 0, x * w, 0)) for x in (smooth + z, nll, z)]
-        return jnp.stack(sums), lse
+        return jnp.stack(sums), p, lse
 
-    def slope(logits: Array, lse: Array, t: Array, w: Array) -> Array:
-        p = jnp.exp(logits - lse[..., None]) * (1 + 2 * z_loss * lse[..., None])
-        hit = jax.lax.broadcasted_iota(t.dtype, logits.shape, logits.ndim - 1) == t[..., None]
+    def slope(p: Array, lse: Array, t: Array, w: Array) -> Array:
+        """The gradient with regard to the logits, whose softmax is p."""
+        p *= 1 + 2 * z_loss * lse[..., None]
+        hit = jax.lax.broadcasted_iota(t.dtype, p.shape, p.ndim - 1) == t[..., None]
         p -= jnp.where(hit, 1 - label_smoothing, 0.0)
         if label_smoothing:
-            p -= label_smoothing / logits.shape[-1]
+            p -= label_smoothing / p.shape[-1]
         return jnp.where(w[..., None] != 0, p * w[..., None], 0)
 
     @jax.custom_vjp
@@ -75,8 +77,8 @@ def cross_entropy(
             sums, grads = carry
             h, t, w = chunk
             logits, pull = jax.vjp(lambda moving, h: logits_of(fixed | moving, h), {name: values[name] for name in moved}, h)
-            part, lse = parts(logits, t, w)
-            dhead, dh = pull(slope(logits, lse, t, w))
+            part, p, lse = parts(logits, t, w)
+            dhead, dh = pull(slope(p, lse, t, w))
             return (sums + part, {name: g + dhead[name].astype(jnp.float32) for name, g in grads.items()}), dh
 
         (sums, grads), dhs = jax.lax.scan(body, (jnp.zeros(3), zeros), (hs.value, ts.value, ws.value))
@@ -110,6 +112,14 @@ def token_log_probs(
 
     out = jax.lax.map(lambda pair: chunk(head, *pair), (chunks(hidden), chunks(targets)))
     return jnp.moveaxis(out, 0, 1).reshape(len(hidden), -1)[:, : hidden.shape[1]]
+
+
+def softmax_and_log_sum(logits: Float[Array, "*T V"]) -> tuple[Float[Array, "*T V"], Float[Array, "*T"]]:
+    """Both from one exponential of each logit."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    p = jnp.exp(logits - top)
+    total = row_sum(p)
+    return p / total, (top + jnp.log(total))[..., 0]
 
 
 def _is_primal(leaf: Any) -> bool:

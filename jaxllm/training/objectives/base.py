@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.models import Decoder
-from jaxllm.models.attention import dense_attend
+from jaxllm.models.attention import blockwise_attend
 from jaxllm.training.losses import token_log_probs
 
 Batch = Mapping[str, Any]
@@ -23,7 +23,7 @@ class Objective(Protocol):
 
 def hidden_states(model: Decoder, batch: Batch) -> Float[Array, "B T D"]:
     """What the model makes of a batch; packed examples do not see each other."""
-    attend = dense_attend(batch["positions"], batch["segment_ids"])
+    attend = blockwise_attend(batch["positions"], batch["segment_ids"])
     return model(batch["tokens"], batch["positions"], attend)[0]
 
 
