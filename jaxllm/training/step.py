@@ -40,23 +40,31 @@ class StepConfig:
     ema_decay: float | None = None
 
 
+def abstract_state(params: Params, tx: optax.GradientTransformation, config: StepConfig) -> TrainState:
+    """The shapes, types and places of a state. Optimiser states are float32 and lie as their parameters do."""
+    one = next(iter(params.values())).sharding
+    whole = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+    at = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    wide = {name: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding) for name, p in params.items()}
+    place = lambda path, leaf: at(leaf, _like(path, leaf, params) or whole)
+    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, wide))
+    number, key = (at(jax.eval_shape(make), whole) for make in (lambda: jnp.int32(0), lambda: jax.random.key(0)))
+    own = {name: at(p, p.sharding) for name, p in params.items()}
+    return TrainState(own, opt_state, wide if config.ema_decay is not None else None, number, number, key)
+
+
 def init_state(params: Params, tx: optax.GradientTransformation, config: StepConfig, seed: int) -> TrainState:
-    """The state before the first step. Optimiser states are float32 and lie as their parameters do."""
-    params = dict(params)
+    """The state before the first step."""
+    params, shapes = dict(params), abstract_state(params, tx, config)
+    places = jax.tree.map(lambda x: x.sharding, shapes)
     wide = lambda params: {name: p.astype(jnp.float32) for name, p in params.items()}
     # Donated buffers must not be shared: not with the model that was loaded, nor between params and their average.
-    def copy(params):
-        return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings={name: p.sharding for name, p in params.items()})(params)
-
-    mesh = next(iter(params.values())).sharding
-    whole = NamedSharding(mesh.mesh, PartitionSpec()) if isinstance(mesh, NamedSharding) else mesh
-    shapes = jax.eval_shape(lambda p: tx.init(wide(p)), params)
-    place = lambda path, leaf: _like(path, leaf, params) or whole
-    opt_state = jax.jit(lambda p: tx.init(wide(p)), out_shardings=jax.tree_util.tree_map_with_path(place, shapes))(params)
-    ema = copy({n: p.astype(jnp.float32) for n, p in params.items()}) if config.ema_decay is not None else None
-    put = lambda x: jax.device_put(x, whole)
+    copy = lambda params: jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=places.params)(params)
+    opt_state = jax.jit(lambda p: tx.init(wide(p)), out_shardings=places.opt_state)(params)
+    ema = copy(wide(params)) if config.ema_decay is not None else None
     # Two zeros: a buffer is donated once.
-    return TrainState(copy(params), opt_state, ema, put(jnp.int32(0)), put(jnp.int32(0)), put(jax.random.key(seed)))
+    step, skipped = (jax.device_put(jnp.int32(0), places.step) for _ in range(2))
+    return TrainState(copy(params), opt_state, ema, step, skipped, jax.device_put(jax.random.key(seed), places.key))
 
 
 def make_train_step(

@@ -113,13 +113,18 @@ def per_step(before: EngineStats, after: EngineStats, seconds: float) -> dict[st
     }
 
 
+def peak_rss_bytes() -> int:
+    """The most that this process has had resident so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def memory(engine: Engine) -> dict[str, int]:
     """Bytes: this process's most so far, and of it, if the device is the CPU, the weights and the page pool."""
     import jax
 
     held = lambda tree: sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
     return {
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss_bytes": peak_rss_bytes(),
         "weights_bytes": held(engine.runner.model.params),
         "kv_cache_bytes": held(engine.runner.state.kv_pages),
     }

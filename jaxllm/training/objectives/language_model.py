@@ -3,18 +3,17 @@
 import jax.numpy as jnp
 
 from jaxllm.training.losses import cross_entropy
-from jaxllm.training.objectives.base import Objective, hidden_states
+from jaxllm.training.objectives.base import Attention, Objective, hidden_states
 from jaxllm.training.objectives.config import ObjectiveConfig
 
 
-def language_model(config: ObjectiveConfig) -> Objective:
+def language_model(config: ObjectiveConfig, attention: Attention) -> Objective:
     """The weighted sum of cross-entropy over targets, with label smoothing and z-loss."""
 
     def objective(model, batch, key):
         weights = batch["weights"].astype(jnp.float32)
-        loss, parts = cross_entropy(
-            model, hidden_states(model, batch), batch["targets"], weights, label_smoothing=config.label_smoothing, z_loss=config.z_loss
-        )
+        hidden, options = hidden_states(model, batch, attention), dict(label_smoothing=config.label_smoothing, z_loss=config.z_loss)
+        loss, parts = cross_entropy(model, hidden, batch["targets"], weights, **options)
         total = jnp.sum(weights)
         plain = not (config.label_smoothing or config.z_loss)  # then the loss is the nll
         return loss, total, {} if plain else {name: (value, total) for name, value in parts.items()}

@@ -5,20 +5,20 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.objectives.base import Batch, Metrics, Objective, both, sequence_log_probs
+from jaxllm.training.objectives.base import Attention, Batch, Metrics, Objective, both, sequence_log_probs
 from jaxllm.training.objectives.config import ObjectiveConfig
 
 _KEYS = ("tokens", "targets", "weights", "segment_ids", "positions")
 
 
-def dpo(config: ObjectiveConfig) -> Objective:
+def dpo(config: ObjectiveConfig, attention: Attention) -> Objective:
     """Direct preference optimisation (Rafailov et al., arXiv 2305.18290), and its hinge and IPO forms.
 
     A batch's halves hold `reference_logps` [B], the sums of log-probabilities of the reference model.
     """
 
     def objective(model, batch, key):
-        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch)
+        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, attention)
         ratio_w = chosen - _reference(batch["chosen"])
         ratio_l = rejected - _reference(batch["rejected"])
         if config.loss_type == "ipo":  # means over tokens, as its authors do (TRL pull request 1265)
@@ -34,7 +34,7 @@ def dpo(config: ObjectiveConfig) -> Objective:
     return objective
 
 
-def orpo(config: ObjectiveConfig) -> Objective:
+def orpo(config: ObjectiveConfig, attention: Attention) -> Objective:
     """Odds-ratio preference optimisation (Hong et al., arXiv 2403.07691): cross-entropy of the chosen answers, and their odds.
 
     The first part is the mean over the answers' tokens in a micro-batch, as the paper has it (TRL's is over the prompt too); a step of
@@ -42,7 +42,7 @@ def orpo(config: ObjectiveConfig) -> Objective:
     """
 
     def objective(model, batch, key):
-        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch)
+        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, attention)
         nll = -jnp.sum(chosen) / jnp.maximum(jnp.sum(chosen_n), 1)
         w, l = chosen / jnp.maximum(chosen_n, 1), rejected / jnp.maximum(rejected_n, 1)  # noqa: E741
         odds = (w - l) - (_log1mexp(w) - _log1mexp(l))
@@ -53,11 +53,11 @@ def orpo(config: ObjectiveConfig) -> Objective:
     return objective
 
 
-def simpo(config: ObjectiveConfig) -> Objective:
+def simpo(config: ObjectiveConfig, attention: Attention) -> Objective:
     """Simple preference optimisation (Meng et al., arXiv 2405.14734): mean log-probabilities, a margin, no reference."""
 
     def objective(model, batch, key):
-        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch)
+        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, attention)
         w, l = chosen / jnp.maximum(chosen_n, 1), rejected / jnp.maximum(rejected_n, 1)  # noqa: E741
         losses = -jax.nn.log_sigmoid(config.beta * (w - l) - config.simpo_gamma)
         return _sums(batch, losses, config.beta * w, config.beta * l)
@@ -65,10 +65,10 @@ def simpo(config: ObjectiveConfig) -> Objective:
     return objective
 
 
-def _pair(model, batch) -> tuple[list[Array], list[Array]]:
+def _pair(model, batch, attention: Attention) -> tuple[list[Array], list[Array]]:
     """Sums of log-probabilities and counts of targets, each of the chosen and of the rejected."""
     halves = [{name: batch[half][name] for name in _KEYS} for half in ("chosen", "rejected")]
-    sums, counts = sequence_log_probs(model, both(*halves))
+    sums, counts = sequence_log_probs(model, both(*halves), attention)
     return jnp.split(sums, 2), jnp.split(counts, 2)
 
 
