@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.models import Decoder
+from jaxllm.training.backend import ONE_DEVICE, Backend
 from pallas_kernels.row_sum import row_sum
 
-_CHUNK_VALUES = 1 << 24  # logits alive at a time
+_CHUNK_VALUES = 1 << 26  # logits alive at a time on a device
 _HEAD = ("lm_head", "project_out")
 
 Head = dict[str, Any]  # leaf name -> array
@@ -28,6 +29,7 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    backend: Backend = ONE_DEVICE,
     chunk_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The weighted sum over tokens of -log p(target), through the decoder's own `logits`; and the parts of it.
@@ -37,8 +39,8 @@ def cross_entropy(
     `z_loss`, are sums too, without gradients. The gradient is formed in the forward pass, chunk by chunk: the logits are computed
     once, where recomputing them would cost a fourth product of the size of the vocabulary.
     """
-    head, logits_of = _head(model)
-    chunks = _chunks(model, hidden.shape, chunk_tokens)
+    head, logits_of = _head(model, backend)
+    chunks = _chunks(model, hidden.shape, chunk_tokens, backend.row_shards)
     hs, ts, ws = chunks(hidden), chunks(targets), chunks(weights.astype(jnp.float32))
 
     def parts(logits: Array, t: Array, w: Array) -> tuple[Array, Array, Array]:
@@ -97,11 +99,16 @@ def cross_entropy(
 
 
 def token_log_probs(
-    model: Decoder, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], *, chunk_tokens: int | None = None
+    model: Decoder,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    backend: Backend = ONE_DEVICE,
+    chunk_tokens: int | None = None,
 ) -> Float[Array, "B T"]:
     """log p(target) of each token, float32; in the backward pass the logits are computed again."""
-    head, logits_of = _head(model)
-    chunks = _chunks(model, hidden.shape, chunk_tokens)
+    head, logits_of = _head(model, backend)
+    chunks = _chunks(model, hidden.shape, chunk_tokens, backend.row_shards)
 
     @jax.checkpoint
     def chunk(head, h, t):
@@ -126,12 +133,13 @@ def _is_primal(leaf: Any) -> bool:
     return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
 
 
-def _head(model: Decoder) -> tuple[Head, Callable[[Head, Array], Array]]:
+def _head(model: Decoder, backend: Backend) -> tuple[Head, Callable[[Head, Array], Array]]:
     """The parameters that `model.logits` reads, by name, and that function of them: `(head, hidden) -> logits`."""
     graph, state = nnx.split(model, graph=False)
     flat = list(nnx.to_flat_state(state))
     names = _HEAD if model.lm_head is not None else ("embed_tokens", *_HEAD)
-    head = {".".join(map(str, path)): variable.get_value() for path, variable in flat if path[0] in names}
+    values = {".".join(map(str, path)): variable.get_value() for path, variable in flat if path[0] in names}
+    head = {name: backend.read_often(value) if value.ndim == 2 else value for name, value in values.items()}
 
     def logits_of(head: Head, hidden: Array) -> Array:
         # The rest of the model is not read, and is there in shape only: nothing that is differentiated is closed over.
@@ -145,11 +153,11 @@ def _head(model: Decoder) -> tuple[Head, Callable[[Head, Array], Array]]:
     return head, logits_of
 
 
-def _chunks(model: Decoder, shape: tuple[int, ...], chunk_tokens: int | None) -> Callable[[Array], Array]:
+def _chunks(model: Decoder, shape: tuple[int, ...], chunk_tokens: int | None, row_shards: int) -> Callable[[Array], Array]:
     """Cuts [B, T, ...] into [chunks, B, T / chunks, ...], with zeros after the last token where T does not divide."""
     rows, length = shape[:2]
     tokens = chunk_tokens or max(128, _CHUNK_VALUES // model.config.vocab_size)
-    count = -(-length // max(1, min(length, tokens // rows)))
+    count = -(-length // max(1, min(length, tokens // -(-rows // row_shards))))
     size = -(-length // count)
 
     def cut(x: Array) -> Array:

@@ -14,9 +14,9 @@ from jaxllm.adapters import adapter_disabled, add_adapter, is_trainable, quantiz
 from jaxllm.errors import ConfigError
 from jaxllm.models import Decoder
 from jaxllm.sharding import ShardingRules
-from jaxllm.training.attention import attention_for
+from jaxllm.training.backend import Backend, backend_for
 from jaxllm.training.config import TrainConfig
-from jaxllm.training.objectives import Attention, Objective, make_objective, reference_log_probs
+from jaxllm.training.objectives import Objective, make_objective, reference_log_probs
 from jaxllm.training.optim import Schedule, make_optimizer
 from jaxllm.training.parts import ModelParts, Params, split_model
 from jaxllm.training.step import StepConfig, TrainState, make_evaluation_step, make_train_step
@@ -52,7 +52,7 @@ def make_program(
     parts, trainable, frozen = split_model(decoder, is_trainable if config.adapter is not None else None)
     optimizer, schedule = make_optimizer(config.optimizer, trainable, total_steps)
     settings = StepConfig(config.precision, config.optimizer.max_grad_norm, config.optimizer.ema_decay)
-    objective = make_training_objective(config, attention_for(mesh, rules))
+    objective = make_training_objective(config, backend_for(mesh, rules))
     dropout = config.lora is not None and config.lora.lora_dropout > 0
     return TrainProgram(parts, objective, optimizer, schedule, settings, dropout), trainable, frozen
 
@@ -74,9 +74,9 @@ def prepared(decoder: Decoder, config: TrainConfig) -> Decoder:
     return decoder
 
 
-def make_training_objective(config: TrainConfig, attention: Attention) -> Objective:
+def make_training_objective(config: TrainConfig, backend: Backend) -> Objective:
     """The objective; where it compares with a reference, that is the model without its adapter. Raises ConfigError if there is none."""
-    objective = make_objective(config.objective, attention)
+    objective = make_objective(config.objective, backend)
     if config.objective.name == "reward":
         raise ConfigError("reward: the trainer has no score head yet; use jaxllm.training.objectives.RewardModel with a step of your own")
     if not config.objective.needs_reference:
@@ -85,7 +85,7 @@ def make_training_objective(config: TrainConfig, attention: Attention) -> Object
         raise ConfigError(f"{config.objective.name} compares with the model as it was, which is kept only under an adapter: give lora")
 
     def with_reference(model, batch, key):
-        reference = jax.lax.stop_gradient(reference_log_probs(adapter_disabled(model), batch, attention))
+        reference = jax.lax.stop_gradient(reference_log_probs(adapter_disabled(model), batch, backend))
         return objective(model, reference, key)
 
     return with_reference

@@ -22,9 +22,9 @@ from jaxllm.checkpoints.load import load_model
 from jaxllm.config import to_dict
 from jaxllm.errors import ConfigError
 from jaxllm.models import config_from_hf
-from jaxllm.models.attention import blockwise_attend
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
 from jaxllm.tokenizers import load_tokenizer
+from jaxllm.training.backend import ONE_DEVICE
 from jaxllm.training.checkpointing import Checkpointer
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.data import Dataset, make_dataset
@@ -68,7 +68,7 @@ class Trainer:
         self.model_config = config_from_hf(source.config)
         if c.max_length > self.model_config.max_positions:
             raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
-        make_training_objective(c, blockwise_attend)  # or what is wrong with it, before the model is read
+        make_training_objective(c, ONE_DEVICE)  # or what is wrong with it, before the model is read
         self.tokenizer = load_tokenizer(self.path)
         data = self.dataset()
         self.total_steps = c.max_steps if c.max_steps is not None else sum(1 for _ in data)  # only packing tells how many there are

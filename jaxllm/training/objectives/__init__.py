@@ -4,7 +4,7 @@ from jaxllm.lazy import lazy
 
 __all__, __getattr__ = lazy(
     __name__,
-    base=("Attention", "Batch", "Objective", "reference_log_probs", "sequence_log_probs"),
+    base=("Batch", "Objective", "reference_log_probs", "sequence_log_probs"),
     config=("ObjectiveConfig",),
     kto=("mismatched",),
     registry=("OBJECTIVES", "make_objective"),

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.objectives.base import Attention, Batch, Objective, sequence_log_probs
+from jaxllm.training.backend import Backend
+from jaxllm.training.objectives.base import Batch, Objective, sequence_log_probs
 from jaxllm.training.objectives.config import ObjectiveConfig
 from jaxllm.training.objectives.preference import _reference
 
 
-def kto(config: ObjectiveConfig, attention: Attention) -> Objective:
+def kto(config: ObjectiveConfig, backend: Backend) -> Objective:
     """Kahneman-Tversky optimisation (Ethayarajh et al., arXiv 2402.01306).
 
     The batch holds `labels` bool [B], `reference_logps` [B], and under `kl` a batch of prompts with others' answers (`mismatched`)
@@ -21,11 +22,11 @@ def kto(config: ObjectiveConfig, attention: Attention) -> Objective:
         if "kl" not in batch:
             raise ConfigError("kto: the batch has no `kl` part; make it with `mismatched(batch)`")
         unpaired = jax.lax.stop_gradient({k: v for k, v in batch["kl"].items() if k != "reference_logps"})
-        kl_policy = sequence_log_probs(model, unpaired, attention)[0]
+        kl_policy = sequence_log_probs(model, unpaired, backend)[0]
         pairs = jnp.any(batch["kl"]["weights"] != 0, axis=-1)
         kl = jnp.sum(jnp.where(pairs, kl_policy - _reference(batch["kl"]), 0)) / jnp.maximum(jnp.sum(pairs), 1)
         kl = jax.lax.stop_gradient(jnp.maximum(kl, 0))
-        ratio = sequence_log_probs(model, batch, attention)[0] - _reference(batch)
+        ratio = sequence_log_probs(model, batch, backend)[0] - _reference(batch)
         good = batch["labels"]
         # Neither desirable nor undesirable: what the fixed shape of a batch makes up, an empty row.
         real = jnp.any(batch["weights"] != 0, axis=-1).astype(jnp.float32)

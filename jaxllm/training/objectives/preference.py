@@ -5,20 +5,21 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxllm.errors import ConfigError
-from jaxllm.training.objectives.base import Attention, Batch, Metrics, Objective, both, sequence_log_probs
+from jaxllm.training.backend import Backend
+from jaxllm.training.objectives.base import Batch, Metrics, Objective, both, sequence_log_probs
 from jaxllm.training.objectives.config import ObjectiveConfig
 
 _KEYS = ("tokens", "targets", "weights", "segment_ids", "positions")
 
 
-def dpo(config: ObjectiveConfig, attention: Attention) -> Objective:
+def dpo(config: ObjectiveConfig, backend: Backend) -> Objective:
     """Direct preference optimisation (Rafailov et al., arXiv 2305.18290), and its hinge and IPO forms.
 
     A batch's halves hold `reference_logps` [B], the sums of log-probabilities of the reference model.
     """
 
     def objective(model, batch, key):
-        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, attention)
+        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, backend)
         ratio_w = chosen - _reference(batch["chosen"])
         ratio_l = rejected - _reference(batch["rejected"])
         if config.loss_type == "ipo":  # means over tokens, as its authors do (TRL pull request 1265)
@@ -34,7 +35,7 @@ def dpo(config: ObjectiveConfig, attention: Attention) -> Objective:
     return objective
 
 
-def orpo(config: ObjectiveConfig, attention: Attention) -> Objective:
+def orpo(config: ObjectiveConfig, backend: Backend) -> Objective:
     """Odds-ratio preference optimisation (Hong et al., arXiv 2403.07691): cross-entropy of the chosen answers, and their odds.
 
     The first part is the mean over the answers' tokens in a micro-batch, as the paper has it (TRL's is over the prompt too); a step of
@@ -42,7 +43,7 @@ def orpo(config: ObjectiveConfig, attention: Attention) -> Objective:
     """
 
     def objective(model, batch, key):
-        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, attention)
+        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, backend)
         nll = -jnp.sum(chosen) / jnp.maximum(jnp.sum(chosen_n), 1)
         w, l = chosen / jnp.maximum(chosen_n, 1), rejected / jnp.maximum(rejected_n, 1)  # noqa: E741
         odds = (w - l) - (_log1mexp(w) - _log1mexp(l))
@@ -53,11 +54,11 @@ def orpo(config: ObjectiveConfig, attention: Attention) -> Objective:
     return objective
 
 
-def simpo(config: ObjectiveConfig, attention: Attention) -> Objective:
+def simpo(config: ObjectiveConfig, backend: Backend) -> Objective:
     """Simple preference optimisation (Meng et al., arXiv 2405.14734): mean log-probabilities, a margin, no reference."""
 
     def objective(model, batch, key):
-        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, attention)
+        (chosen, rejected), (chosen_n, rejected_n) = _pair(model, batch, backend)
         w, l = chosen / jnp.maximum(chosen_n, 1), rejected / jnp.maximum(rejected_n, 1)  # noqa: E741
         losses = -jax.nn.log_sigmoid(config.beta * (w - l) - config.simpo_gamma)
         return _sums(batch, losses, config.beta * w, config.beta * l)
@@ -65,10 +66,10 @@ def simpo(config: ObjectiveConfig, attention: Attention) -> Objective:
     return objective
 
 
-def _pair(model, batch, attention: Attention) -> tuple[list[Array], list[Array]]:
+def _pair(model, batch, backend: Backend) -> tuple[list[Array], list[Array]]:
     """Sums of log-probabilities and counts of targets, each of the chosen and of the rejected."""
     halves = [{name: batch[half][name] for name in _KEYS} for half in ("chosen", "rejected")]
-    sums, counts = sequence_log_probs(model, both(*halves), attention)
+    sums, counts = sequence_log_probs(model, both(*halves), backend)
     return jnp.split(sums, 2), jnp.split(counts, 2)
 
 

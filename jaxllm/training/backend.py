@@ -1,23 +1,46 @@
-"""Which attention trains where."""
+"""How objectives compute on a mesh."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxllm.models.attention import blockwise_attend
 from jaxllm.models.layers import Attend
 from jaxllm.sharding import ShardingRules
-from jaxllm.training.objectives import Attention
 
 _LANES = 128
+Attention = Callable[[Array, Array], Attend]  # (positions, segment_ids) -> attend
 
 
-def attention_for(mesh: Mesh, rules: ShardingRules) -> Attention:
+@dataclass(frozen=True)
+class Backend:
+    """How objectives compute; made for a mesh by `backend_for`, and as it is here for one device."""
+
+    attention: Attention = blockwise_attend
+    row_shards: int = 1
+    """Parts that a batch's rows are cut into: what is bounded by memory is bounded on each."""
+    read_often: Callable[[Array], Array] = lambda parameter: parameter
+    """A parameter [F, D] that a loop reads in every pass, put where it is read, once, before the loop."""
+
+
+ONE_DEVICE = Backend()
+
+
+def backend_for(mesh: Mesh, rules: ShardingRules) -> Backend:
     """JAX's splash attention on TPUs, for bfloat16 rows of a multiple of 128 tokens; `blockwise_attend` for all else."""
-    return splash_attention(mesh, rules) if mesh.devices.flat[0].platform == "tpu" else blockwise_attend
+    attention = splash_attention(mesh, rules) if mesh.devices.flat[0].platform == "tpu" else blockwise_attend
+    if mesh.size == 1:
+        return Backend(attention)
+    everywhere = NamedSharding(mesh, PartitionSpec(rules.vocab, None))
+    axes = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    return Backend(attention, shards, lambda parameter: jax.lax.with_sharding_constraint(parameter, everywhere))
 
 
 def splash_attention(mesh: Mesh, rules: ShardingRules, *, interpret: bool = False) -> Attention:
