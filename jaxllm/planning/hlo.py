@@ -23,6 +23,11 @@ _ESTIMATES = (
     re.compile(r"serialized_metadata = .*?flops\\22: \\22(\d+)\\22.*?bytes_accessed\\22: \\22(\d+)\\22"),
 )
 
+# JAX's splash attention gives no estimate. Products of [T, T] scores with [T, D] in each of its kernels; they skip the half that
+# causality hides (of what a sliding window hides nothing is taken off).
+_SPLASH = re.compile(r"%splash_m[hq]a_(fwd|dq|dkv)\S* = .*?operand_layout_constraints=\{.*?(?:bf16|f32)\[(\d+),(\d+),(\d+)\]")
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -35,15 +40,18 @@ class Collective:
 
 @dataclass
 class Cost:
-    """Of a run on one device: bytes between HBM and the chip, operations of kernels of our own, and collectives (kind, bytes) -> count."""
+    """Of a run on one device: bytes between HBM and the chip, operations of Pallas kernels and of products of matrices, and collectives
+    (kind, bytes) -> count."""
 
     hbm_bytes: float = 0
     kernel_flops: float = 0
+    product_flops: float = 0
     collectives: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, other: "Cost", times: int = 1) -> None:
         self.hbm_bytes += times * other.hbm_bytes
         self.kernel_flops += times * other.kernel_flops
+        self.product_flops += times * other.product_flops
         for key, count in other.collectives.items():
             self.collectives[key] += times * count
 
@@ -110,12 +118,17 @@ class Program:
 
     def _one(self, op: _Op, ops: dict[str, _Op], total: Cost) -> None:
         kind = op.opcode.removesuffix("-start")
+        total.product_flops += self._products(op, ops)
         if kind in _COLLECTIVES:
             total.collectives[kind, op.any_bytes] += 1
         estimate = next(filter(None, (pattern.search(op.line) for pattern in _ESTIMATES)), None)
         if estimate:
             total.kernel_flops += int(estimate[1])
             total.hbm_bytes += int(estimate[2])
+        elif splash := _SPLASH.search(op.line):
+            heads, length, dim = map(int, splash.groups()[1:])
+            total.kernel_flops += _SPLASH_PRODUCTS[splash[1]] * 2 * heads * length * length / 2 * dim
+            total.hbm_bytes += op.bytes + sum(ops[o].bytes for o in op.operands if o in ops)
         elif op.opcode == "fusion":
             fused = op.called("calls")
             total.hbm_bytes += sum(self._read(fused, i, ops[o].bytes) for i, o in enumerate(op.operands) if o in ops and ops[o].bytes)
@@ -130,6 +143,23 @@ class Program:
             total.hbm_bytes += 2 * ops[op.operands[1]].any_bytes if op.bytes else 0
         else:
             total.hbm_bytes += op.bytes + sum(ops[o].bytes for o in op.operands if o in ops)
+
+    def _products(self, op: _Op, ops: dict[str, _Op]) -> float:
+        """Operations of a product of matrices (a TPU's are convolutions), or of those in a fusion."""
+        if op.opcode == "fusion":
+            fused = self._ops.get(op.called("calls") or "", {})
+            return sum(self._products(inner, fused) for inner in fused.values())
+        if op.opcode not in ("dot", "convolution") or not all(o in ops for o in op.operands):
+            return 0
+        out, left, right = (_values(shape) for shape in (op.shape, *(ops[o].shape for o in op.operands[:2])))
+        # |left| |right| / |out| = batches * contracted^2. In a convolution, batches are spatial axes.
+        batches = 1
+        if match := re.search(r"lhs_batch_dims=\{([\d,]+)\}", op.line):
+            axes = _axes(ops[op.operands[0]].shape)
+            batches = prod(axes[int(i)] for i in match[1].split(","))
+        elif match := re.search(r"window=\{size=([\dx]+)", op.line):
+            batches = prod(map(int, match[1].split("x")))
+        return 2 * out * (left * right / out / batches) ** 0.5 if out else 0
 
     def _read(self, computation: str | None, index: int, whole: int) -> int:
         """Bytes of its operand `index` that a fused computation reads: where it only takes slices, those."""
@@ -197,6 +227,16 @@ def _balanced(text: str, start: int) -> int:
         if depth == 0:
             return i + 1
     return len(text)
+
+
+def _axes(shape: str) -> list[int]:
+    """Of an array's shape as it is written."""
+    match = _ARRAY.search(shape)
+    return [int(n) for n in match[2].split(",") if n] if match else []
+
+
+def _values(shape: str) -> int:
+    return prod(_axes(shape))
 
 
 def _size(kind: str, sizes: str) -> int:

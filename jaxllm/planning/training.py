@@ -109,11 +109,12 @@ def plan_training(config: TrainConfig, model: ModelConfig, topology: Topology) -
     bytes_ |= {"total": total, "capacity": capacity}
     tokens = config.batch_size * config.max_length * (2 if config.objective.data == "pairs" else 1)
     least = training_flops(model, tokens * config.max_length, tokens, frozen=config.adapter is not None) / used
-    bound = max(cost.hbm_bytes / topology.chip.bandwidth, cost.kernel_flops / topology.chip.flops)
+    flops = cost.kernel_flops + cost.product_flops
+    bound = max(cost.hbm_bytes / topology.chip.bandwidth, flops / topology.chip.flops)
     step = TrainStepReport(
         tokens=tokens,
         bytes_moved=int(cost.hbm_bytes),
-        flops=cost.kernel_flops,
+        flops=flops,
         flops_minimum=least,
         bound_s=bound,
         tokens_per_s=tokens / bound,
