@@ -18,7 +18,7 @@ from jaxllm.planning.hlo import Collective, Program, memory
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.metrics import training_flops
-from jaxllm.training.parts import Params, split_model
+from jaxllm.training.parts import Params
 from jaxllm.training.program import make_program, prepared, stored_dtype
 from jaxllm.training.step import abstract_state
 
@@ -66,13 +66,12 @@ def plan_training(config: TrainConfig, model: ModelConfig, topology: Topology) -
     mesh = make_mesh(list(devices), data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     rules = fit_to_model(ShardingRules(), model, mesh)
     decoder = nnx.eval_shape(lambda: prepared(_decoder(model, config), config), graph=False)
-    parts = split_model(decoder, lambda *_: True)[0]
-
-    def placed(arrays: Params) -> Params:
-        at = lambda name: NamedSharding(mesh, rules.spec(parts.axes(name)))
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at(name)) for name, x in arrays.items()}
-
     program, trainable, frozen = make_program(config, decoder, mesh, rules, total_steps=1000)
+
+    def placed(params: Params) -> Params:
+        at = program.parts.shardings(params, mesh, rules)
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at[name]) for name, x in params.items()}
+
     trainable, frozen = placed(trainable), placed(frozen)
     state = abstract_state(trainable, program.optimizer, program.settings)
     batch = _batch(config, lambda *axes: NamedSharding(mesh, PartitionSpec(None, rules.batch, *axes)))
@@ -89,6 +88,8 @@ def plan_training(config: TrainConfig, model: ModelConfig, topology: Topology) -
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "precision": config.precision,
         "remat": config.remat,
+        "adapter": None if config.adapter is None else config.adapter.peft_type.lower(),
+        "quantize_base": config.quantize_base,
         "trainable_parameters": sum(math.prod(x.shape) for x in trainable.values()),
     }
     capacity = topology.chip.memory_bytes

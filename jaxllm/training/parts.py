@@ -1,14 +1,17 @@
 """A model as its graph and two flat dicts of arrays, what training changes and what it leaves, by name."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.errors import ConfigError
+from jaxllm.sharding import ShardingRules
 
 Params = dict[str, jax.Array]  # "blocks.0.self_attn.q_proj.weight" -> array
 
@@ -30,6 +33,16 @@ class ModelParts:
         axes = tuple(variable.get_metadata().get("logical_axes") or ())
         missing = len(variable.get_raw_value().shape) - len(axes)
         return ("layers",) * (missing == 1 and name.startswith("blocks.")) + axes if axes and missing in (0, 1) else ()
+
+    def shardings(self, params: Mapping[str, Any], mesh: Mesh, rules: ShardingRules) -> dict[str, NamedSharding]:
+        """Where parameters (or their shapes) go: by the rules, and an axis that they do not divide stays whole."""
+
+        def one(name: str, shape: tuple[int, ...]) -> NamedSharding:
+            spec = rules.spec(self.axes(name))
+            sizes = [math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())) for axes in spec]
+            return NamedSharding(mesh, PartitionSpec(*(a if n % k == 0 else None for a, n, k in zip(spec, shape, sizes, strict=False))))
+
+        return {name: one(name, x.shape) for name, x in params.items()}
 
 
 def split_model(model: nnx.Module, is_trainable: Callable[[tuple, nnx.Variable], bool] | None = None) -> tuple[ModelParts, Params, Params]:

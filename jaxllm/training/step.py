@@ -15,6 +15,10 @@ from jaxllm.training.objectives import Batch, Objective
 from jaxllm.training.optim import Schedule
 from jaxllm.training.parts import ModelParts, Params
 
+# Parameters that are cut over devices are gathered whole before a product, not multiplied piece by piece as pieces go round: for 8B on
+# 16 chips of v5e the pieces took 1.3 times the operations and 4.6 times the bytes, as compiled.
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 Precision = Literal["float32", "bfloat16_mixed", "bfloat16"]
 
 
@@ -132,7 +136,8 @@ def make_train_step(
         return new, metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    tpu = next(iter(state.step.sharding.device_set)).platform == "tpu"
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=_TPU_OPTIONS if tpu else None)
 
 
 def make_evaluation_step(parts: ModelParts, objective: Objective, precision: Precision):

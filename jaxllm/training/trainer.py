@@ -78,7 +78,10 @@ class Trainer:
         model = load_model(source, dtype=stored_dtype(c), mesh=self.mesh, rules=self.rules, scan_layers=True)
         decoder = prepared(nnx.merge(model.graph, model.params), c)
         del model
-        self.program, trainable, self.frozen = make_program(c, decoder, self.mesh, self.rules, self.total_steps)
+        self.program, trainable, frozen = make_program(c, decoder, self.mesh, self.rules, self.total_steps)
+        del decoder
+        place = lambda params: jax.device_put(params, self.program.parts.shardings(params, self.mesh, self.rules))
+        trainable, self.frozen = place(trainable), place(frozen)
         self.state = init_state(trainable, self.program.optimizer, self.program.settings, c.seed)
         self._step = self.program.train_step(self.state)
         self._evaluation_step = self.program.evaluation_step()
