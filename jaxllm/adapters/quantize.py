@@ -80,7 +80,8 @@ class QuantizedLinear(nnx.Module):
         unit = blocks / jnp.where(scale == 0, 1, scale)[..., None]
         codes = _nearest(unit, NF4).reshape(rows.shape)
         axes = self.axes if aligned else (None, None)
-        self.codes = AdapterConstant(codes[..., 0::2] << 4 | codes[..., 1::2], logical_axes=axes)
+        halves = _stretches(codes)
+        self.codes = AdapterConstant((halves[..., 0, :] << 4 | halves[..., 1, :]).reshape(*codes.shape[:-1], -1), logical_axes=axes)
         self.scales = AdapterConstant(scale, logical_axes=axes)
         if double_quant:
             flat = scale.reshape(*lead, -1)
@@ -104,10 +105,12 @@ class QuantizedLinear(nnx.Module):
             values = jnp.asarray(DYNAMIC)[_padded(scales.reshape(*lead, -1), SCALE_BLOCK)].reshape(*lead, -1, SCALE_BLOCK)
             flat = (values * self.scale_tops[...][..., None]).reshape(*lead, -1)[..., :count] + self.scale_offset[...]
             scales = flat.reshape(scales.shape)
-        pairs = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
-        w = jnp.asarray(NF4)[pairs].reshape(*pairs.shape[:-1], -1, BLOCK) * scales[..., None]
-        w = w.reshape(*lead, -1)[..., : self.shape[0] * self.shape[1]]
-        return w.reshape(*lead, *self.shape).astype(self.dtype)
+        pairs = _stretches(codes, 1)
+        pairs = jnp.concatenate([pairs >> 4, pairs & 15], axis=-2).reshape(*codes.shape[:-1], -1)
+        w = _nf4_value(pairs) * jnp.repeat(scales, BLOCK, axis=-1)
+        if w.shape[-2:] != self.shape:
+            w = w.reshape(*lead, -1)[..., : self.shape[0] * self.shape[1]].reshape(*lead, *self.shape)
+        return w.astype(self.dtype)
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T F"]:
         y = matmul(x, self.dequantize())
@@ -137,6 +140,23 @@ def _nearest(unit: Array, table: np.ndarray) -> Array:
     return jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), unit, method="compare_all" if len(table) < 32 else "scan").astype(
         jnp.uint8
     )
+
+
+def _stretches(codes: Array, parts: int = 2) -> Array:
+    """[..., D] -> [..., stretches, parts, n]: the two halves of a stretch share bytes, the first in the high bits. 256 values, whose halves
+    fill a TPU's 128 lanes, where rows are made of them; else a block."""
+    whole = codes.shape[-1] * 2 // parts
+    stretch = 256 if whole % 256 == 0 else BLOCK
+    return codes.reshape(*codes.shape[:-1], whole // stretch, parts, stretch // 2)
+
+
+def _nf4_value(codes: Array) -> Array:
+    """NF4[codes], by choosing between values, one bit after the other: a TPU looks up in a table slowly."""
+    values = list(NF4)
+    for bit in range(4):
+        one = (codes >> bit & 1) != 0
+        values = [jnp.where(one, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def _padded(x: Array, multiple: int) -> Array:

@@ -102,7 +102,7 @@ def _run_training(config: Config) -> dict[str, Any]:
     recipe = from_dict(TrainConfig, load_yaml(config.train) | given, where=config.train)
     plan = plan_training(recipe, read_model_config(recipe.model), find_topology(config.topology))
     if not config.json:
-        print_training_plan(recipe, plan)
+        print_training_plan(f"{recipe.model} on {config.topology}", plan)
     return asdict(plan) | {"model": recipe.model}
 
 
