@@ -1,5 +1,6 @@
 """Twenty steps as transformers and PEFT take them: the same losses, gradient norms and weights."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -51,6 +52,8 @@ def take_steps(model, golden, chosen, micro_batches=1):
 
 
 def check(golden, mode, losses, norms, weights):
+    apart = max(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) for ours, theirs in weights.values())
+    print(f"{mode}: losses apart by {np.abs(losses - golden[f'{mode}_losses']).max():.2g}, weights by {apart:.2g} relative")
     np.testing.assert_allclose(losses, golden[f"{mode}_losses"], atol=1e-4)
     np.testing.assert_allclose(norms, golden[f"{mode}_norms"], rtol=1e-3)
     for name, (ours, theirs) in weights.items():
@@ -77,3 +80,13 @@ def full_and_lora(folder: Path, golden, scan_layers: bool, micro_batches: int) -
 def test_as_transformers_and_peft(scan_layers, micro_batches):
     with np.load(FOLDER / "training.npz") as data:
         full_and_lora(MODELS / "llama_gqa", dict(data), scan_layers, micro_batches)
+
+
+@pytest.mark.slow
+def test_a_real_model():
+    """pytest -m slow -s tests/training/test_parity.py, after make_training_goldens.py MODEL OUT, with the two in the environment."""
+    model, golden = (os.environ.get(f"JAXLLM_PARITY_{name}") for name in ("MODEL", "GOLDEN"))
+    if not (model and golden):
+        pytest.skip("JAXLLM_PARITY_MODEL and JAXLLM_PARITY_GOLDEN name no model and golden: see make_training_goldens.py")
+    with np.load(golden) as data:
+        full_and_lora(Path(model), dict(data), True, 1)
