@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.adapters import adapter_disabled, add_adapter, is_trainable, prepend_virtual_tokens, quantize_base, save_adapter, with_dropout
+from jaxllm.adapters import prepend_virtual_tokens, with_dropout
 from jaxllm.checkpoints import open_checkpoint, resolve_model
-from jaxllm.checkpoints.export import export_model
-from jaxllm.checkpoints.load import load_model
 from jaxllm.config import to_dict
 from jaxllm.errors import ConfigError
 from jaxllm.models import config_from_hf
@@ -29,7 +26,8 @@ from jaxllm.training.checkpointing import Checkpointer
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.data import Dataset, make_dataset
 from jaxllm.training.metrics import MetricsLog, Progress, peak_flops, training_flops
-from jaxllm.training.objectives import Objective, make_objective, mismatched, reference_log_probs
+from jaxllm.training.model import check_reward, export, objective_of, trained_model, trains, without_reference
+from jaxllm.training.objectives import mismatched
 from jaxllm.training.optim import evaluation_params, make_optimizer
 from jaxllm.training.parts import Params, split_model
 from jaxllm.training.step import StepConfig, init_state, make_evaluation_step, make_train_step, place_batch
@@ -63,29 +61,21 @@ class Trainer:
         self.config = c = config
         self.path = resolve_model(c.model)
         self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
-        source = open_checkpoint(self.path)
+        self.source = source = open_checkpoint(self.path)
         self.model_config = config_from_hf(source.config)
+        check_reward(c, self.model_config.family)
         if c.max_length > self.model_config.max_positions:
             raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
-        self.objective = _with_reference(c)
+        self.objective = objective_of(c)
         self.tokenizer = load_tokenizer(self.path)
         data = self.dataset()
         self.total_steps = c.max_steps if c.max_steps is not None else sum(1 for _ in data)  # only packing tells how many there are
         if not self.total_steps:
             raise ConfigError("the data has no example: see `data`")
         self.rules = fit_to_model(ShardingRules(), self.model_config, self.mesh)
-        # What is trained is kept in float32, unless that is not wanted; what is not trained needs no more than it computes with.
-        keep_float32 = c.precision == "float32" or (c.precision == "bfloat16_mixed" and c.adapter is None)
-        dtype = jnp.float32 if keep_float32 else jnp.bfloat16
-        model = load_model(source, dtype=dtype, mesh=self.mesh, rules=self.rules, scan_layers=True)
-        decoder = nnx.merge(model.graph, model.params)
-        del model
-        if c.quantize_base is not None:
-            decoder = quantize_base(decoder, c.quantize_base)
-        if c.adapter is not None:
-            decoder = add_adapter(decoder, c.adapter, rngs=nnx.Rngs(params=c.seed))
-        decoder.remat = None if c.remat == "none" else c.remat
-        self.parts, trainable, self.frozen = split_model(decoder, is_trainable if c.adapter is not None else None)
+        decoder = trained_model(c, source, self.tokenizer, self.mesh, self.rules)
+        self.parts, trainable, self.frozen = split_model(decoder, trains(c))
+        del decoder
         self.optimizer, self.schedule = make_optimizer(c.optimizer, trainable, self.total_steps)
         settings = StepConfig(c.precision, c.optimizer.max_grad_norm, c.optimizer.ema_decay)
         self.state = init_state(trainable, self.optimizer, settings, c.seed)
@@ -103,15 +93,11 @@ class Trainer:
 
     def export(self, out: Path) -> Path:
         """Writes what has been trained: the adapter in PEFT's format, or the model as a Hugging Face folder."""
-        model = self.model()
-        if (adapter := self.config.adapter) is not None:
-            return save_adapter(model, adapter, out, base_model=self.config.model, overwrite=True)
-        params = nnx.split(model, graph=False)[1]
-        return export_model(self.model_config, params, out, base=self.path, dtype=self.config.export_dtype, overwrite=True)
+        return export(self.config, self.model(), self.source, self.tokenizer, self.path, out)
 
     def model(self) -> nnx.Module:
         """The decoder as it is best now: the moving average, if one is kept."""
-        return self.parts.merge(self._best_params(), self.frozen)
+        return without_reference(self.parts.merge(self._best_params(), self.frozen))
 
     def _best_params(self) -> Params:
         state = self.state
@@ -158,23 +144,6 @@ class Trainer:
             parts = [mismatched(jax.tree.map(lambda x, i=i: np.split(x, a)[i], batch)) for i in range(a)]
             batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         return batch
-
-
-def _with_reference(config: TrainConfig) -> Objective:
-    """The objective; where it compares with a reference, that is the model without its adapter."""
-    objective = make_objective(config.objective)
-    if config.objective.name == "reward":
-        raise ConfigError("reward: the trainer has no score head yet; use jaxllm.training.objectives.RewardModel with a step of your own")
-    if not config.objective.needs_reference:
-        return objective
-    if config.adapter is None:
-        raise ConfigError(f"{config.objective.name} compares with the model as it was, which is kept only under an adapter: give lora")
-
-    def with_reference(model, batch, key):
-        reference = jax.lax.stop_gradient(reference_log_probs(adapter_disabled(model), batch))
-        return objective(model, reference, key)
-
-    return with_reference
 
 
 class _Run:

@@ -11,7 +11,7 @@ from golden_cases import FOLDER
 
 from jaxllm.training.data.batching import make_arrays
 from jaxllm.training.data.encode import Sequence
-from jaxllm.training.objectives import ObjectiveConfig, RewardModel, make_objective, mismatched
+from jaxllm.training.objectives import ObjectiveConfig, add_score, make_objective, mismatched, without_head
 from jaxllm.training.parts import split_model
 
 CASES = {
@@ -43,8 +43,8 @@ def answers(golden, names, prompt_length=None):
 
 def batch_of(golden, name):
     if name == "kto":
-        labels = golden["labels"]
-        batch = mismatched({**answers(golden, ["chosen_ids" if good else "rejected_ids" for good in labels]), "labels": np.append(labels, False)})
+        rows = answers(golden, ["chosen_ids" if good else "rejected_ids" for good in golden["labels"]])
+        batch = mismatched({**rows, "labels": np.append(golden["labels"], False)})
         batch["reference_logps"], batch["kl"]["reference_logps"] = (np.append(golden[f"reference_{n}"], 0) for n in ("chosen", "kl"))
         return batch
     batch = {half: answers(golden, [f"{half}_ids"] * 4, 1 if name == "orpo" else None) for half in ("chosen", "rejected")}
@@ -57,7 +57,7 @@ def batch_of(golden, name):
 def test_as_trl(name, golden):
     model = decoder("llama_gqa", True)
     if name.startswith("reward"):
-        model = RewardModel(model, rngs=nnx.Rngs(0))
+        model = add_score(without_head(model), rngs=nnx.Rngs(0))
         model.score.weight = model.score.weight.replace(jnp.linspace(-1, 1, 32)[None])
     parts, params, frozen = split_model(model)
     objective = make_objective(CASES[name])
