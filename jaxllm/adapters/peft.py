@@ -86,7 +86,7 @@ def load_adapter(
     one that lists every tensor that is missing, unknown, misshapen or not finite.
     """
     folder = Path(folder).expanduser()
-    config, tensors = read_adapter_config(folder), _read_tensors(folder)
+    config, tensors = read_adapter_config(folder, scored=getattr(model, "score", None) is not None), _read_tensors(folder)
     named = config.base_model_name_or_path
     if base_model and named and Path(named).name != Path(base_model).name:
         logger.warning("the adapter %s was trained on %s, and goes on %s here", folder, named, base_model)
@@ -130,8 +130,8 @@ def set_tensors(model: Decoder, config: AdapterConfig, tensors: Mapping[str, np.
         setattr(slot.holder, slot.attribute, slot.variable.replace(jax.device_put(value, slot.variable[...].sharding)))
 
 
-def read_adapter_config(folder: str | os.PathLike) -> AdapterConfig:
-    """The configuration in a PEFT folder. Raises CheckpointError; see `config_from_peft`."""
+def read_adapter_config(folder: str | os.PathLike, *, scored: bool = False) -> AdapterConfig:
+    """The configuration in a PEFT folder; `scored`: of a reward model. Raises CheckpointError; see `config_from_peft`."""
     file = Path(folder).expanduser() / CONFIG_NAME
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -145,6 +145,9 @@ def read_adapter_config(folder: str | os.PathLike) -> AdapterConfig:
         raise CheckpointError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds a JSON {type(values).__name__} where an object is expected")
+    if scored and values.get("task_type") == "SEQ_CLS":  # the score is there anyhow: it belongs to the model
+        saved = [name for name in values.get("modules_to_save") or () if name not in ("score", "classifier")]
+        values |= {"task_type": None, "modules_to_save": saved or None}
     return config_from_peft(values, str(file))
 
 
@@ -200,6 +203,8 @@ def _of_one(prefix: str, config: AdapterConfig, name: str, adapter: nnx.Module, 
 
 
 def _saved_slots(model: Decoder) -> Iterator[_Slot]:
+    if (score := getattr(model, "score", None)) is not None:
+        yield _Slot(f"{_PREFIX}score.weight", score, "weight", (), tuple(score.weight.shape))
     if (saved := getattr(model, "saved_modules", None)) is None:
         return
     weights, scanned = hf_weights(model.config), bool(model.blocks)
@@ -226,6 +231,8 @@ def _derived(model: Decoder, config: AdapterConfig) -> dict[str, Any]:
         return out | ({"encoder_hidden_size": width} if prefix else {})
     out = {"target_modules": resolve_targets(c, config)}
     conv1d = any(weight.kind == "conv1d" for weight in hf_weights(c).values())
+    if getattr(model, "score", None) is not None:
+        out |= {"task_type": "SEQ_CLS", "modules_to_save": (*(config.modules_to_save or ()), "score")}
     return out | {"fan_in_fan_out": conv1d}
 
 

@@ -102,14 +102,24 @@ def _tensors(source: TensorSource, dtype: str | None) -> Iterator[tuple[str, np.
 
 def hf_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json that says what the tensors are, under the key that it used: transformers 5 calls it `dtype`, older ones `torch_dtype`."""
-    model_type = config["model_type"]
-    out = {"architectures": [_CLASSES.get(model_type, f"{model_type.capitalize()}ForCausalLM")], **config}
+    out = {"architectures": [_class(config["model_type"])], **config}
     keys = [key for key in ("dtype", "torch_dtype") if key in out] or ["torch_dtype"]
     out |= dict.fromkeys(keys, dtype)
     for name, section in out.items():  # of multimodal models: text_config, vision_config
         if isinstance(section, Mapping) and (inner := [key for key in ("dtype", "torch_dtype") if key in section]):
             out[name] = {**section, **dict.fromkeys(inner, dtype)}
     return out
+
+
+def classifier_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json that make a decoder's one a classifier's with one label: a reward model's."""
+    name = _class(config["model_type"]).split("For")[0].removesuffix("LMHeadModel")
+    name = "Gemma3Text" if config["model_type"] == "gemma3_text" else name
+    return {"architectures": [f"{name}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
+def _class(model_type: str) -> str:
+    return _CLASSES.get(model_type, f"{model_type.capitalize()}ForCausalLM")
 
 
 def companions(path: Path, source: TensorSource, scratch: Path) -> list[Path]:

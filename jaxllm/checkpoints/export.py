@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from jaxllm.checkpoints.convert import DTYPES, Dtype, companions, hf_config
+from jaxllm.checkpoints.convert import DTYPES, Dtype, classifier_config, companions, hf_config
 from jaxllm.checkpoints.load import layers_of, weight_names
 from jaxllm.checkpoints.source import open_checkpoint
 from jaxllm.checkpoints.writer import check_target, write_safetensors
@@ -24,10 +24,14 @@ def export_model(
     base: str | os.PathLike,
     dtype: Dtype = "bfloat16",
     overwrite: bool = False,
+    classifier: bool = False,
+    pad_token_id: int | None = None,
 ) -> Path:
     """Writes the parameters of a decoder, stacked or not, as safetensors beside the configuration, tokenizer and generation
     settings of the checkpoint `base` that it was made from; what `base` holds besides a decoder (a vision tower, say) goes along
-    as it is. One tensor (or one stack of layers) is on the host at a time. Raises CheckpointError for a folder in the way."""
+    as it is. `classifier`: with the `score` of a reward model in place of the output layer, as transformers' ForSequenceClassification;
+    `pad_token_id` is the token that it never scores. One tensor (or one stack of layers) is on the host at a time. Raises CheckpointError
+    for a folder in the way."""
     check_target(out, overwrite)
     source = open_checkpoint(Path(base))
 
@@ -38,12 +42,15 @@ def export_model(
             yield name, np.asarray(x, DTYPES[dtype])
         for name in source.tensors:
             # Some checkpoints keep a copy of tied embeddings.
-            if name not in written and not (config.tie_embeddings and name.endswith("lm_head.weight")):
+            if name not in written and not (name.endswith("lm_head.weight") and (config.tie_embeddings or classifier)):
                 yield name, source.read(name)
 
     with tempfile.TemporaryDirectory() as scratch:
         files = companions(Path(base), source, Path(scratch))
-        return write_safetensors(out, tensors(), hf_config(source.config, dtype), overwrite=overwrite, copy_files=files)
+        values = hf_config(source.config, dtype)
+        if classifier:
+            values |= classifier_config(values) | {"pad_token_id": pad_token_id}
+        return write_safetensors(out, tensors(), values, overwrite=overwrite, copy_files=files)
 
 
 def hf_tensors(config: ModelConfig, params: nnx.State, names: Mapping[str, Weight] | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -57,6 +64,9 @@ def hf_tensors(config: ModelConfig, params: nnx.State, names: Mapping[str, Weigh
     flat = nnx.to_flat_state(params)
     scanned = any(path[0] == "blocks" for path, _ in flat)
     for path, variable in flat:
+        if path == ("score", "weight"):  # a reward model's, which every family calls so
+            yield "score.weight", np.asarray(variable[...])
+            continue
         key, layers = layers_of(path, config, scanned)
         weight, value = names[key], np.asarray(variable[...])
         for layer, x in zip(layers, value if path[0] == "blocks" else [value], strict=True):

@@ -18,8 +18,9 @@ from jaxllm.planning.hlo import Collective, Program, memory
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.metrics import training_flops
+from jaxllm.training.model import prepared, stored_dtype
 from jaxllm.training.parts import Params
-from jaxllm.training.program import make_program, prepared, stored_dtype
+from jaxllm.training.program import make_program
 from jaxllm.training.step import abstract_state
 
 

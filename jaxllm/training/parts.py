@@ -32,7 +32,7 @@ class ModelParts:
         variable = self.variables[name][1]
         axes = tuple(variable.get_metadata().get("logical_axes") or ())
         missing = len(variable.get_raw_value().shape) - len(axes)
-        return ("layers",) * (missing == 1 and name.startswith("blocks.")) + axes if axes and missing in (0, 1) else ()
+        return ("layers",) * (missing == 1 and "blocks." in name) + axes if axes and missing in (0, 1) else ()
 
     def shardings(self, params: Mapping[str, Any], mesh: Mesh, rules: ShardingRules) -> dict[str, NamedSharding]:
         """Where parameters (or their shapes) go: by the rules, and an axis that they do not divide stays whole."""

@@ -15,24 +15,22 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxllm.adapters import prepend_virtual_tokens, save_adapter
+from jaxllm.adapters import prepend_virtual_tokens
 from jaxllm.checkpoints import open_checkpoint, resolve_model
-from jaxllm.checkpoints.export import export_model
-from jaxllm.checkpoints.load import load_model
 from jaxllm.config import to_dict
 from jaxllm.errors import ConfigError
 from jaxllm.models import config_from_hf
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
 from jaxllm.tokenizers import load_tokenizer
-from jaxllm.training.backend import ONE_DEVICE
 from jaxllm.training.checkpointing import Checkpointer
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.data import Dataset, make_dataset
 from jaxllm.training.metrics import MetricsLog, Progress, peak_flops, training_flops
+from jaxllm.training.model import check_reward, export, trained_model, without_reference
 from jaxllm.training.objectives import mismatched
 from jaxllm.training.optim import evaluation_params
 from jaxllm.training.parts import Params
-from jaxllm.training.program import make_program, make_training_objective, prepared, stored_dtype
+from jaxllm.training.program import make_program
 from jaxllm.training.step import init_state, place_batch
 
 _KEYS = {"lm": "messages, prompt and completion, or text", "preference": "chosen and rejected", "kto": "prompt, completion and label"}
@@ -64,20 +62,18 @@ class Trainer:
         self.config = c = config
         self.path = resolve_model(c.model)
         self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
-        source = open_checkpoint(self.path)
+        self.source = source = open_checkpoint(self.path)
         self.model_config = config_from_hf(source.config)
+        check_reward(c, self.model_config.family)
         if c.max_length > self.model_config.max_positions:
             raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
-        make_training_objective(c, ONE_DEVICE)  # or what is wrong with it, before the model is read
         self.tokenizer = load_tokenizer(self.path)
         data = self.dataset()
         self.total_steps = c.max_steps if c.max_steps is not None else sum(1 for _ in data)  # only packing tells how many there are
         if not self.total_steps:
             raise ConfigError("the data has no example: see `data`")
         self.rules = fit_to_model(ShardingRules(), self.model_config, self.mesh)
-        model = load_model(source, dtype=stored_dtype(c), mesh=self.mesh, rules=self.rules, scan_layers=True)
-        decoder = prepared(nnx.merge(model.graph, model.params), c)
-        del model
+        decoder = trained_model(c, source, self.tokenizer, self.mesh, self.rules)
         self.program, trainable, frozen = make_program(c, decoder, self.mesh, self.rules, self.total_steps)
         del decoder
         place = lambda params: jax.device_put(params, self.program.parts.shardings(params, self.mesh, self.rules))
@@ -95,15 +91,11 @@ class Trainer:
 
     def export(self, out: Path) -> Path:
         """Writes what has been trained: the adapter in PEFT's format, or the model as a Hugging Face folder."""
-        model = self.model()
-        if (adapter := self.config.adapter) is not None:
-            return save_adapter(model, adapter, out, base_model=self.config.model, overwrite=True)
-        params = nnx.split(model, graph=False)[1]
-        return export_model(self.model_config, params, out, base=self.path, dtype=self.config.export_dtype, overwrite=True)
+        return export(self.config, self.model(), self.source, self.tokenizer, self.path, out)
 
     def model(self) -> nnx.Module:
         """The decoder as it is best now: the moving average, if one is kept."""
-        return self.program.parts.merge(self._best_params(), self.frozen)
+        return without_reference(self.program.parts.merge(self._best_params(), self.frozen))
 
     def _best_params(self) -> Params:
         state = self.state

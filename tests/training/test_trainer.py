@@ -13,15 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 from tiny_models import write_llama
 
-from jaxllm.adapters import LoraConfig
+from jaxllm.adapters import LoraConfig, adapter_disabled, adapter_tensors, load_adapter
 from jaxllm.checkpoints import open_checkpoint
 from jaxllm.checkpoints.load import load_model
+from jaxllm.checkpoints.safetensors_source import read_file
 from jaxllm.config import from_dict, to_dict
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.sharding import ShardingRules, make_mesh
 from jaxllm.training import TrainConfig, Trainer
+from jaxllm.training.model import trained_model
+from jaxllm.training.objectives import add_score
 
 ROOT = Path(__file__).parents[2]
 
@@ -236,9 +240,12 @@ def test_wrong_data_and_folders(whole, model, data, tmp_path):
         Trainer(config(other, data, whole[0], eval_steps=4)).train()
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "simpo", "kto"])
-def test_preferences(name, model, data, tmp_path):
-    """What was preferred becomes likelier than what was not."""
+FULL = [("dpo", False), ("reward", False), pytest.param("kto", False, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("name", "adapted"), [("dpo", True), ("orpo", True), ("simpo", True), ("kto", True), ("reward", True), *FULL])
+def test_preferences(name, adapted, model, data, tmp_path):
+    """What was preferred becomes likelier than what was not, or scores higher."""
     rng = random.Random(1)
     records = [{"prompt": f"{rng.choice('abcdef')} ->", "chosen": " yes", "rejected": " no"} for _ in range(30)]
     if name == "kto":
@@ -246,17 +253,43 @@ def test_preferences(name, model, data, tmp_path):
         records = [{"prompt": r["prompt"], "completion": r[side], "label": side == "chosen"} for r in records for side in sides]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lora = to_dict(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    changes = dict(objective={"name": name}, lora=lora, eval_data=None, export=False, gradient_accumulation_steps=2)
-    Trainer(config(model, tmp_path, tmp_path / "run", **changes)).train()
+    changes = dict(objective={"name": name}, lora=lora if adapted else None, eval_data=None, gradient_accumulation_steps=2)
+    trainer = Trainer(config(model, tmp_path, tmp_path / "run", **changes))
+    before = {part: np.array(x) for part, x in trainer.frozen.items()}
+    result = trainer.train()
+    for part, x in trainer.frozen.items():  # the reference among it
+        np.testing.assert_array_equal(x, before[part], err_msg=part)
     first, last = lines(tmp_path / "run")[0], lines(tmp_path / "run")[-1]
     assert last["loss"] < first["loss"]
     assert last["rewards_chosen"] - last["rewards_rejected"] > first["rewards_chosen"] - first["rewards_rejected"]
     if name in ("dpo", "kto"):  # nothing has moved yet: the model is its own reference
         assert abs(first["rewards_chosen"]) < 1e-5 and abs(first["rewards_rejected"]) < 1e-5
+    if name == "reward":
+        assert last["rewards_accuracy"] == 1
+        check_classifier(trainer, result.path, model)
+    elif not adapted:
+        assert weights(result.path).keys() == weights(model).keys()
+
+
+def check_classifier(trainer, path, base):
+    """What was written is what transformers and PEFT read as a sequence classification of one label."""
+    score = np.asarray(trainer.state.params["score.weight"])
+    if trainer.config.adapter is None:
+        values, tensors = json.loads((path / "config.json").read_text()), weights(path)
+        assert values["architectures"] == ["LlamaForSequenceClassification"] and values["id2label"] == {"0": "LABEL_0"}
+        assert tensors.keys() == weights(base).keys() - {"lm_head.weight"} | {"score.weight"}
+        np.testing.assert_array_equal(tensors["score.weight"], score)
+        return
+    values, tensors = json.loads((path / "adapter_config.json").read_text()), read_file(path / "adapter_model.safetensors")
+    assert values["task_type"] == "SEQ_CLS" and values["modules_to_save"] == ["score"]
+    np.testing.assert_array_equal(tensors["base_model.model.score.weight"], score)
+    fresh = trained_model(trainer.config, trainer.source, trainer.tokenizer, trainer.mesh, trainer.rules)
+    bare = add_score(adapter_disabled(fresh), saved=True, rngs=nnx.Rngs(1))
+    again, adapter = load_adapter(bare, path)
+    written = adapter_tensors(again, adapter)
+    assert written.keys() == tensors.keys() and all(np.array_equal(written[name], tensors[name]) for name in tensors)
 
 
 def test_objectives_refuse_other_records(model, data, tmp_path):
     with pytest.raises(ConfigError, match="chosen and rejected"):
         Trainer(config(model, data, tmp_path / "run", objective={"name": "simpo"}, max_steps=None))
-    with pytest.raises(ConfigError, match="give lora"):
-        Trainer(config(model, data, tmp_path / "run", objective={"name": "dpo"}))

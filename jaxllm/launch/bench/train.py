@@ -58,7 +58,8 @@ def run(config: Config) -> dict[str, Any]:
     from jaxllm.training import TrainConfig
     from jaxllm.training.data import DataConfig
     from jaxllm.training.metrics import training_flops
-    from jaxllm.training.program import make_program, prepared, stored_dtype
+    from jaxllm.training.model import prepared, stored_dtype
+    from jaxllm.training.program import make_program
     from jaxllm.training.step import init_state, place_batch
 
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear") if config.mode == "lora" else None

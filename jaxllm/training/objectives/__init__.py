@@ -8,5 +8,5 @@ __all__, __getattr__ = lazy(
     config=("ObjectiveConfig",),
     kto=("mismatched",),
     registry=("OBJECTIVES", "make_objective"),
-    reward=("RewardModel",),
+    reward=("add_score", "scores", "without_head"),
 )

@@ -48,7 +48,8 @@ def kto(config: ObjectiveConfig, backend: Backend) -> Objective:
 
 
 def mismatched(batch: Batch) -> Batch:
-    """On the host: the batch with `kl`, each prompt followed by the next row's answer, cut where the row ends.
+    """On the host: the batch with `kl`, each prompt followed by the answer of the row before (of the last, for the first), as TRL pairs
+    them, and cut where the row ends. Rows of one example alone, or without any, are left empty.
 
     A row's prompt is what stands before its first target that counts. Raises ConfigError for a batch of one row, as TRL does:
     a prompt with its own answer is no estimate.
@@ -58,9 +59,9 @@ def mismatched(batch: Batch) -> Batch:
         raise ConfigError("kto needs at least 2 examples in a micro-batch, to pair prompts with the answers of others")
     tokens, targets, weights = (np.asarray(batch[name]) for name in ("tokens", "targets", "weights"))
     out = {name: np.zeros((rows, length), kind) for name, kind in _KINDS.items()}
-    starts = [int(np.argmax(w != 0)) if (w != 0).any() else 0 for w in weights]
-    for i in range(rows):
-        j = (i + 1) % rows
+    starts = np.argmax(weights != 0, axis=1)
+    filled = [i for i in range(rows) if (weights[i] != 0).any()]
+    for i, j in zip(filled, filled[-1:] + filled[:-1], strict=True) if len(filled) > 1 else ():
         answer = targets[j][weights[j] != 0]
         whole = np.concatenate([tokens[i, : starts[i] + 1], answer])[: length + 1]
         n = max(len(whole) - 1, 0)
