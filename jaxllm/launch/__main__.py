@@ -21,6 +21,7 @@ from jaxllm.errors import ConfigError, JaxLLMError
 COMMANDS = {
     "generate": ("jaxllm.launch.generate", "Continue prompts with a model, streaming the text."),
     "chat": ("jaxllm.launch.chat", "Talk with a model in the terminal."),
+    "serve": ("jaxllm.launch.serve", "Serve a model over HTTP, as OpenAI's API."),
     "convert": ("jaxllm.launch.convert", "Write a model as a Hugging Face safetensors folder."),
     "bench throughput": ("jaxllm.launch.bench.throughput", "Measure tokens a second over many requests at once."),
     "bench latency": ("jaxllm.launch.bench.latency", "Measure the time to the first token and between tokens."),

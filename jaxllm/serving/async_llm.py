@@ -72,6 +72,11 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def dead(self) -> EngineDeadError | None:
+        """Why no request can be served, if none can."""
+        return self._dead
+
     def get_tokenizer(self) -> Tokenizer:
         return get_tokenizer(self.engine)
 
