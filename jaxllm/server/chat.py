@@ -42,6 +42,8 @@ async def prepare(service: Service, body: ChatRequest) -> Job:
         raise ApiError(400, "max_tokens is the old name of max_completion_tokens: give one of them", param="max_tokens")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+    if body.store:
+        raise ApiError(400, "store=true is not implemented: nothing is stored", param="store")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, max_tokens=body.max_tokens or body.max_completion_tokens, logprobs=logprobs)
     ids = await asyncio.to_thread(render, service, body)

@@ -27,7 +27,7 @@ class ServerConfig:
     "Prompts that may be unfinished at a time; further requests get 429."
     max_prompts: int = 1024
     "Prompts times `n` that one request may have."
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 4 << 20
     "Bytes of the longest request."
     request_timeout: float | None = None
     "Seconds after which a request is ended with an error; by default never."

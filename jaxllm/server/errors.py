@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from jaxllm.errors import RequestError, TokenizerError
 from jaxllm.serving import EngineDeadError
+from jaxllm.serving.sampling_params import PARAMETERS
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 1000  # characters of a message
+_PARAMETERS = {parameter.name for parameter in PARAMETERS}
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -17,6 +21,7 @@ class ApiError(Exception):
     """An answer that is an error. `param`: the field that is wrong; `retry_after`: seconds until it is worth another try."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None):
+        message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."  # it may quote what the client sent
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
@@ -37,7 +42,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError | TokenizerError):
-        return ApiError(400, str(error))
+        name = re.match(r"\w*", str(error))[0]
+        return ApiError(400, str(error), param=name if name in _PARAMETERS else None)
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error), code="engine_dead")
     if isinstance(error, TimeoutError):

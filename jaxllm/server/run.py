@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
+import time
 
 import uvicorn
 
 from jaxllm.errors import ConfigError
 from jaxllm.server.app import make_app
 from jaxllm.server.config import ServerConfig
+from jaxllm.server.service import Service
 from jaxllm.serving import AsyncLLM
 
 logger = logging.getLogger(__name__)
@@ -40,26 +43,25 @@ def address(config: ServerConfig, listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """The first SIGTERM or SIGINT lets the requests that are there finish, and refuses others; the second ends at once."""
 
-    def __init__(self, settings: uvicorn.Config, service, timeout: float):
+    def __init__(self, settings: uvicorn.Config, service: Service, timeout: float):
         super().__init__(settings)
-        self._service, self._timeout, self._draining = service, timeout, None
+        self._service, self._timeout, self._deadline = service, timeout, math.inf
 
-    def handle_exit(self, sig: int, frame) -> None:
+    def handle_exit(self, sig: int, frame: object) -> None:
         if self._service.draining or not self.started:
             self.should_exit = self.force_exit = True
             return
-        self._service.draining = True
-        name = signal.Signals(sig).name
-        asyncio.get_running_loop().call_soon_threadsafe(lambda: setattr(self, "_draining", asyncio.ensure_future(self._drain(name))))
+        self._service.draining, self._deadline = True, time.monotonic() + self._timeout
+        name, pending = signal.Signals(sig).name, self._service.pending
+        logger.warning("%s: %d prompts have %g s to finish; the same signal again ends them at once", name, pending, self._timeout)
 
-    async def _drain(self, name: str) -> None:
-        logger.warning("%s: %d prompts have %g s to finish", name, self._service.pending, self._timeout)
-        try:
-            await asyncio.wait_for(self._service.idle.wait(), self._timeout)
-        except TimeoutError:
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is time to end."""
+        if self._service.draining and self._service.pending and time.monotonic() > self._deadline:
             logger.warning("%d prompts have not finished in time: they are ended with an error", self._service.pending)
             await asyncio.to_thread(self._service.llm.shutdown)
-        self.should_exit = True
+            self._deadline = math.inf
+        return await super().on_tick(counter) or (self._service.draining and not self._service.pending)
 
 
 def run_server(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> None:

@@ -23,8 +23,6 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.pending = 0  # prompts that are not finished
-        self.idle = asyncio.Event()
-        self.idle.set()
 
     @property
     def tokenizer(self):
@@ -50,13 +48,10 @@ class Service:
             message = f"{self.pending} prompts are waiting or running here, and max_pending={self.config.max_pending}: try again later"
             raise ApiError(429, message, code="queue_full", retry_after=1)
         self.pending += count
-        self.idle.clear()
         try:
             yield
         finally:
             self.pending -= count
-            if not self.pending:
-                self.idle.set()
 
     async def run(self, prompts: Sequence[dict[str, Any]], params: SamplingParams) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(which prompt, all that there is of it so far), whenever there is more. Closing it aborts what is not finished.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, create_model
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, create_model
 
 from jaxllm.serving.sampling_params import PARAMETERS, Parameter, SamplingParams
 
@@ -50,7 +50,7 @@ class Generating(Sampling):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # goes to the access log
-    request_id: str | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -27,7 +27,7 @@ class ChatRequest(Generating):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    store: Literal[False] | None = None  # nothing is stored
+    store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None  # there is one
     echo: bool | None = None
     add_generation_prompt: bool | None = None
