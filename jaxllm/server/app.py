@@ -35,6 +35,7 @@ _GET = [
     ("/ready", info.ready),
     ("/version", info.version),
     ("/load", info.load),
+    ("/metrics", info.metrics),
 ]
 
 

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 import jaxllm
 from jaxllm.server.errors import ApiError
+from jaxllm.server.metrics import CONTENT_TYPE
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import json_response
 
@@ -42,6 +43,10 @@ async def ready(request: Request) -> Response:
 
 async def version(request: Request) -> Response:
     return json_response({"version": jaxllm.__version__})
+
+
+async def metrics(request: Request) -> Response:
+    return Response(request.app.state.server.metrics.text(), media_type=CONTENT_TYPE)
 
 
 async def load(request: Request) -> Response:

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+from jaxllm.errors import RequestError
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.errors import ApiError
+from jaxllm.server.metrics import Metrics
 from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
 from jaxllm.serving.engine import get_tokenizer
 
@@ -20,6 +22,7 @@ class Service:
     def __init__(self, llm: AsyncLLM, config: ServerConfig):
         self.llm, self.config = llm, config
         self.names = config.served_model_name or (llm.config.model,)
+        self.metrics = Metrics(llm, self.names[0])
         self.created = int(time.time())
         self.draining = False
         self.pending = 0  # prompts that are not finished
@@ -64,7 +67,7 @@ class Service:
         limit = self.config.request_timeout
         deadline = None if limit is None else asyncio.get_running_loop().time() + limit
         with self.places(len(prompts)):
-            streams = [self.llm.generate(prompt, params) for prompt in prompts]
+            streams = [self._watched(prompt, params) for prompt in prompts]
             async with aclosing(merge(streams) if len(streams) > 1 else _alone(streams[0])) as outputs:
                 while True:
                     async with asyncio.timeout_at(deadline):
@@ -72,6 +75,21 @@ class Service:
                     if news is None:
                         return
                     yield news
+
+    async def _watched(self, prompt: dict[str, Any], params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        watch = None
+        try:
+            async with aclosing(self.llm.generate(prompt, params)) as outputs:
+                watch = self.metrics.watch(params)
+                async for output in outputs:
+                    watch.news(output)
+                    yield output
+        except RequestError:
+            watch = None  # it was refused, so it never ran
+            raise
+        finally:
+            if watch is not None:
+                watch.close()
 
 
 async def _alone(stream: AsyncIterator[RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:

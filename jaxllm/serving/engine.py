@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -68,6 +68,7 @@ class Engine:
         fixed = not any(rope.depends_on_length for rope in self.runner.model.config.ropes.values())
         self._shares_pages = config.enable_prefix_caching and fixed
         self.stats = EngineStats()
+        self.on_step: Callable[[int], None] | None = None  # is told how many tokens a step has, on the thread that steps
         self.load_s = loaded.load_s
         if config.warmup:
             background = loaded.exact if config.warmup_in_background is None else config.warmup_in_background
@@ -168,6 +169,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan.scheduled:
             prepared = self.runner.prepare(plan, self._completions)
+            self._note(plan)
             places, empty = self.scheduler.kv_use()
             self.stats.kv_places += places
             self.stats.kv_empty += empty
@@ -184,6 +186,15 @@ class Engine:
         if self._requests and not self._in_flight:
             raise RuntimeError(f"the scheduler has stalled with {len(self._requests)} requests: this is a bug in jaxllm, please report it")
         return []
+
+    def _note(self, plan: StepPlan) -> None:
+        """For those who measure."""
+        now = time.monotonic()
+        for s in plan.scheduled:
+            if s.admitted and (times := self._completions[s.sequence.id].request.metrics).scheduled_time is None:
+                times.scheduled_time = now
+        if self.on_step is not None:
+            self.on_step(plan.num_tokens)
 
     def _read(self, plan: StepPlan, launched: Launched) -> list[RequestOutput]:
         self.scheduler.complete(plan)

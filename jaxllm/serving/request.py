@@ -28,6 +28,7 @@ class RequestMetrics:
     """Moments in seconds, by `time.monotonic`; None: not yet."""
 
     arrival_time: float
+    scheduled_time: float | None = None  # when a step first had a part of it
     first_token_time: float | None = None
     finished_time: float | None = None
 
