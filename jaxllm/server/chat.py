@@ -17,7 +17,7 @@ from jaxllm.server.conversation import render
 from jaxllm.server.errors import ApiError
 from jaxllm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from jaxllm.server.progress import Progress, usage
-from jaxllm.server.protocol.base import sampling_params
+from jaxllm.server.protocol.base import sampling_params, structured_outputs
 from jaxllm.server.protocol.chat import ChatRequest
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import json_response, stream_response, until_gone
@@ -45,7 +45,8 @@ async def prepare(service: Service, body: ChatRequest) -> Job:
     if body.store:
         raise ApiError(400, "store=true is not implemented: nothing is stored", param="store")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = sampling_params(body, max_tokens=body.max_tokens or body.max_completion_tokens, logprobs=logprobs)
+    changes = {"max_tokens": body.max_tokens or body.max_completion_tokens, "logprobs": logprobs}
+    params = sampling_params(body, **changes, structured_outputs=structured_outputs(body))
     ids = await asyncio.to_thread(render, service, body)
     salt = {} if body.cache_salt is None else {"cache_salt": body.cache_salt}
     return Job(service, body, params, {"prompt_token_ids": ids} | salt)

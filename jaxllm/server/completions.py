@@ -16,7 +16,7 @@ from jaxllm.server.body import read_body
 from jaxllm.server.errors import ApiError
 from jaxllm.server.logprobs import TokenNames, legacy_logprobs, prompt_logprobs
 from jaxllm.server.progress import Progress, usage
-from jaxllm.server.protocol.base import sampling_params
+from jaxllm.server.protocol.base import sampling_params, structured_outputs
 from jaxllm.server.protocol.completions import CompletionRequest
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import json_response, stream_response, until_gone
@@ -44,7 +44,7 @@ async def prepare(service: Service, body: CompletionRequest) -> Job:
         changes["max_tokens"] = 1
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         changes["prompt_logprobs"] = body.logprobs
-    params = sampling_params(body, **changes)
+    params = sampling_params(body, **changes, structured_outputs=structured_outputs(body))
     if body.echo and body.stream and params.prompt_logprobs is not None:
         raise ApiError(400, "echo with logprobs is not streamed: set stream=false", param="echo")
     return Job(service, body, params, await _prompts(service, body), alone)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, create_model
 
+from jaxllm.errors import RequestError
 from jaxllm.serving.sampling_params import PARAMETERS, Parameter, SamplingParams
 
 
@@ -36,6 +37,14 @@ def sampling_params(body: BaseModel, **changes: Any) -> SamplingParams:
     """The sampling parameters that a body sets, with `changes`. Raises RequestError for those that do not go together."""
     said = {p.name: value for p in PARAMETERS if (value := getattr(body, p.name)) is not None}
     return SamplingParams(**(said | changes))
+
+
+def structured_outputs(body: BaseModel) -> Any:
+    """Of a body with a `response_format` too, which is another name of it. Raises RequestError for both."""
+    asked = None if body.response_format is None else body.response_format.structured
+    if asked is not None and body.structured_outputs is not None:
+        raise RequestError("structured_outputs and response_format both say what the output must be: give one")
+    return asked or body.structured_outputs
 
 
 class StreamOptions(Body):

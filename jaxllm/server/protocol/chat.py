@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field, model_validator
+
 from jaxllm.server.protocol.base import Body, Generating
 
 
@@ -22,8 +24,34 @@ class Message(Body):
     refusal: str | None = None
 
 
+class JsonSchema(Body):
+    name: str
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None  # it always is
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be there with type json_schema, and only then")
+        return self
+
+    @property
+    def structured(self) -> dict[str, Any] | None:
+        """As the sampling parameter `structured_outputs`."""
+        if self.json_schema is not None:
+            return {"json": self.json_schema.json_schema}
+        return {"json_object": True} if self.type == "json_object" else None
+
+
 class ChatRequest(Generating):
     messages: list[Message]
+    response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
