@@ -19,6 +19,7 @@ from jaxllm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from jaxllm.server.progress import Progress, usage
 from jaxllm.server.protocol.base import sampling_params, structured_outputs
 from jaxllm.server.protocol.chat import ChatRequest
+from jaxllm.server.reading import Reader, Reading, plan_reading
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import json_response, stream_response, until_gone
 from jaxllm.serving import RequestOutput, SamplingParams
@@ -46,17 +47,23 @@ async def prepare(service: Service, body: ChatRequest) -> Job:
         raise ApiError(400, "store=true is not implemented: nothing is stored", param="store")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     changes = {"max_tokens": body.max_tokens or body.max_completion_tokens, "logprobs": logprobs}
-    params = sampling_params(body, **changes, structured_outputs=structured_outputs(body))
-    ids = await asyncio.to_thread(render, service, body)
+    reading = plan_reading(service, body)
+    if reading.marks_are_special:
+        changes["skip_special_tokens"] = False
+    params = sampling_params(body, **changes, structured_outputs=reading.structured or structured_outputs(body))
+    ids = await asyncio.to_thread(render, service, body, reading.tools)
     salt = {} if body.cache_salt is None else {"cache_salt": body.cache_salt}
-    return Job(service, body, params, {"prompt_token_ids": ids} | salt)
+    return Job(service, body, params, {"prompt_token_ids": ids} | salt, reading)
 
 
 class Job:
     """One request of /v1/chat/completions."""
 
-    def __init__(self, service: Service, body: ChatRequest, params: SamplingParams, prompt: dict[str, Any]):
+    def __init__(self, service: Service, body: ChatRequest, params: SamplingParams, prompt: dict[str, Any], reading: Reading):
         self.service, self.body, self.params, self.prompt = service, body, params, prompt
+        self.reading = reading
+        begun = service.tokenizer.decode(prompt["prompt_token_ids"][-8:], skip_special_tokens=False) if reading.thinks else ""
+        self.inside_thought = begun.rstrip().endswith("<think>")
         self.names = TokenNames(service.tokenizer, bool(body.return_tokens_as_token_ids))
         self.head = {
             "id": f"chatcmpl-{body.request_id or uuid4().hex}",
@@ -88,6 +95,7 @@ class Job:
             told = {"usage": progress.usage() if options.continuous_usage_stats else None} if with_usage else {}
             return self.head | {"choices": [choice]} | told
 
+        readers: dict[int, Reader] = {}
         async with self.run() as outputs:
             async for i, output in outputs:
                 for delta in progress.deltas(i, output):
@@ -97,9 +105,12 @@ class Job:
                         if self.body.return_token_ids:
                             hello["prompt_token_ids"] = output.prompt_token_ids
                         yield chunk(hello)
-                    content = {"content": delta.text} if delta.text else {}
-                    form = self._form(each, {"delta": content}, delta.token_ids, delta.logprobs)
-                    yield chunk(form | {"finish_reason": each.finish_reason, "stop_reason": each.stop_reason})
+                    reader = readers.setdefault(each.index, self._reader())
+                    news = reader.feed(delta.text, last=each.finished)
+                    if not (news or each.finished or delta.logprobs or self.body.return_token_ids):
+                        continue  # it may yet become a call
+                    form = self._form(each, {"delta": news}, delta.token_ids, delta.logprobs)
+                    yield chunk(form | self._end(each, reader))
         if with_usage:
             yield self.head | {"choices": [], "usage": progress.usage()}
 
@@ -109,9 +120,17 @@ class Job:
         return last if self.body.echo and isinstance(last, str) else ""
 
     def _choice(self, each: CompletionOutput) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self._echo() + each.text, "refusal": None}
-        form = self._form(each, {"message": message}, each.token_ids, each.logprobs)
-        return form | {"finish_reason": each.finish_reason, "stop_reason": each.stop_reason}
+        reader = self._reader()
+        message = reader.message(each.text)
+        if echo := self._echo():
+            message["content"] = echo + (message["content"] or "")
+        return self._form(each, {"message": message}, each.token_ids, each.logprobs) | self._end(each, reader)
+
+    def _reader(self) -> Reader:
+        return Reader(self.reading, inside_thought=self.inside_thought)
+
+    def _end(self, each: CompletionOutput, reader: Reader) -> dict[str, Any]:
+        return {"finish_reason": reader.finish_reason(each.finish_reason), "stop_reason": each.stop_reason}
 
     def _form(self, each: CompletionOutput, said: dict[str, Any], tokens, logprobs) -> dict[str, Any]:
         shown = None if logprobs is None else chat_logprobs(tokens, logprobs, self.params.logprobs, self.names)

@@ -21,6 +21,10 @@ class ServerConfig:
     "Names that requests may call the model by; by default what --model says."
     api_key: tuple[str, ...] = ()
     "Keys of which every request must bring one (better in the environment: JAXLLM_API_KEY, separated by commas)."
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic"] = "auto"
+    "How the model writes its calls of tools; auto: as its chat template shows."
+    reasoning_parser: Literal["auto", "none", "think"] = "auto"
+    "Tell `<think>...</think>` apart from the answer, as reasoning_content; auto: if the chat template has it."
     unknown_fields: Literal["refuse", "warn"] = "refuse"
     "What becomes of a request with a field that is not implemented: an error, or a line in the log and the field is left out."
     max_pending: int = 512

@@ -12,6 +12,7 @@ from jaxllm.errors import RequestError
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.errors import ApiError
 from jaxllm.server.metrics import Metrics
+from jaxllm.server.tools import guess_parser
 from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
 from jaxllm.serving.engine import get_tokenizer
 
@@ -22,6 +23,10 @@ class Service:
     def __init__(self, llm: AsyncLLM, config: ServerConfig):
         self.llm, self.config = llm, config
         self.names = config.served_model_name or (llm.config.model,)
+        template = None if llm.engine.tokenizer is None else llm.engine.tokenizer.chat_template
+        parser = guess_parser(template) if config.tool_call_parser == "auto" else config.tool_call_parser
+        self.tool_parser = None if parser == "none" else parser  # a name of `tools.PARSERS`
+        self.thinks = "<think>" in (template or "") if config.reasoning_parser == "auto" else config.reasoning_parser == "think"
         self.metrics = Metrics(llm, self.names[0])
         self.created = int(time.time())
         self.draining = False

@@ -13,7 +13,9 @@ from jaxllm.server.config import ServerConfig
 from jaxllm.server.run import address, listen, make_server
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + ' Call: <tool_call>...</tool_call><|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+    "{{ (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -27,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llm(folder):
-    engine = AsyncLLM(folder, dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, page_size=4)
+    engine = AsyncLLM(folder, dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=640, page_size=4)
     yield engine
     engine.shutdown()
 

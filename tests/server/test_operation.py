@@ -119,12 +119,12 @@ def test_limits(llm):
         assert status == 400 and body["error"]["param"] == "n"
         status, headers, body = call(where, "/v1/completions", {"prompt": ["x"] * 4, "max_tokens": 1})
         assert status == 429 and headers["Retry-After"] == "1" and body["error"]["type"] == "rate_limit_error"
-        slow = LONG | {"n": 6, "temperature": 1.0, "max_tokens": 120}
+        slow = LONG | {"n": 6, "temperature": 1.0, "max_tokens": 500}
         status, _, body = call(where, "/v1/completions", slow)
         assert status == 504 and body["error"]["code"] == "timeout"
         client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIError, match="request_timeout"):
-            list(client.completions.create(model="tiny", prompt="x", n=6, max_tokens=120, stream=True, extra_body={"ignore_eos": True}))
+            list(client.completions.create(model="tiny", prompt="x", n=6, max_tokens=500, stream=True, extra_body={"ignore_eos": True}))
         settled(llm)
 
 
