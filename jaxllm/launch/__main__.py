@@ -28,6 +28,7 @@ COMMANDS = {
     "bench startup": ("jaxllm.launch.bench.startup", "Measure how long an engine takes to be ready."),
     "bench mixed": ("jaxllm.launch.bench.mixed", "Measure a load of every kind of request at once, and what it wastes."),
     "bench prefix": ("jaxllm.launch.bench.prefix", "Measure what requests that begin alike gain by sharing pages."),
+    "bench serve": ("jaxllm.launch.bench.serve", "Measure any OpenAI-compatible server under load."),
     "compile": ("jaxllm.launch.compile", "Compile every program of an engine and write them to a folder, to start from."),
     "plan": ("jaxllm.launch.plan", "Tell whether a model fits TPUs or GPUs that are not here, and how fast they could serve it."),
     "kernels": ("jaxllm.launch.kernels", "Compile the attention kernels for chips that are not here, and list what compiles."),

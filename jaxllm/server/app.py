@@ -11,12 +11,13 @@ from starlette.responses import Response
 
 import jaxllm
 from jaxllm.errors import JaxLLMError
-from jaxllm.server import chat, completions, info, tokens
+from jaxllm.server import chat, completions, info, messages, page, tokens
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.errors import ApiError, as_api_error
 from jaxllm.server.gate import Gate
 from jaxllm.server.protocol.chat import ChatRequest
 from jaxllm.server.protocol.completions import CompletionRequest
+from jaxllm.server.protocol.messages import CountRequest, MessagesRequest
 from jaxllm.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import json_response
@@ -25,6 +26,8 @@ from jaxllm.serving import AsyncLLM
 _POST = [
     ("/v1/chat/completions", chat.chat_completions, ChatRequest),
     ("/v1/completions", completions.completions, CompletionRequest),
+    ("/v1/messages", messages.messages, MessagesRequest),
+    ("/v1/messages/count_tokens", messages.count_tokens, CountRequest),
     ("/tokenize", tokens.tokenize, TokenizeRequest),
     ("/detokenize", tokens.detokenize, DetokenizeRequest),
 ]
@@ -36,6 +39,8 @@ _GET = [
     ("/version", info.version),
     ("/load", info.load),
     ("/metrics", info.metrics),
+    ("/engine", page.engine),
+    ("/", page.page),
 ]
 
 

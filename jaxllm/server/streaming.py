@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import pydantic_core
@@ -41,9 +42,26 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def stream_response(request: Request, events: AsyncGenerator[Any]) -> Response:
-    """The events as `data: ...` lines, and `data: [DONE]`. What goes wrong before the first is an error of its own status;
-    after that, it is an event.
+def event(tree: Any, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + pydantic_core.to_json(tree) + b"\n\n"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How a protocol writes its stream: each event, an error among them, and what comes last."""
+
+    encode: Callable[[Any], bytes]
+    error: Callable[[BaseException], bytes]
+    end: bytes
+
+
+OPENAI = Lines(event, lambda error: event(as_api_error(error).body()), b"data: [DONE]\n\n")
+
+
+async def stream_response(request: Request, events: AsyncGenerator[Any], lines: Lines = OPENAI) -> Response:
+    """The events as they come. What goes wrong before the first is an error of its own status; after that, it is an event.
 
     Raises what `events` raises first, or ClientLeft.
     """
@@ -53,28 +71,22 @@ async def stream_response(request: Request, events: AsyncGenerator[Any]) -> Resp
         await events.aclose()
         raise
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventStream(_lines(first, events), media_type="text/event-stream", headers=headers)
+    return EventStream(_written(first, events, lines), media_type="text/event-stream", headers=headers)
 
 
 async def _next(events: AsyncIterator[Any]) -> Any:
     return await anext(events)
 
 
-def event(tree: Any, name: str | None = None) -> bytes:
-    """One server-sent event."""
-    head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + pydantic_core.to_json(tree) + b"\n\n"
-
-
-async def _lines(first: Any, events: AsyncGenerator[Any]) -> AsyncIterator[bytes]:
+async def _written(first: Any, events: AsyncGenerator[Any], lines: Lines) -> AsyncIterator[bytes]:
     async with aclosing(events):
-        yield event(first)
+        yield lines.encode(first)
         try:
             async for each in events:
-                yield event(each)
+                yield lines.encode(each)
         except Exception as error:
-            yield event(as_api_error(error).body())
-        yield b"data: [DONE]\n\n"
+            yield lines.error(error)
+        yield lines.end
 
 
 class EventStream(StreamingResponse):

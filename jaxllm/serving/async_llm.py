@@ -112,6 +112,12 @@ class AsyncLLM:
             self._post(lambda: self._abort(request_id, stream))
             self._give_place()
 
+    async def ask[Answer](self, question: Callable[[Engine], Answer]) -> Answer:
+        """What `question` returns of the engine, on the engine's thread between two steps. Raises EngineDeadError."""
+        answers: list[Answer] = []
+        await asyncio.wrap_future(self._post(lambda: answers.append(question(self.engine))))
+        return answers[0]
+
     async def reset_prefix_cache(self) -> None:
         """Forgets all that earlier requests left in the KV cache. Raises EngineDeadError."""
         await asyncio.wrap_future(self._post(self.engine.reset_prefix_cache))

@@ -34,10 +34,12 @@ from jaxllm.tokenizers import Tokenizer
 
 @dataclass
 class EngineStats:
-    """Sums over all steps so far: their number, the seconds that the host spent on them rather than waiting for the device, the
-    tokens that the KV cache's pages in use had room for, and how many of those places were empty (`Scheduler.kv_use`)."""
+    """Sums over all steps so far: their number, the tokens drawn, the seconds that the host spent on them rather than waiting
+    for the device, the tokens that the KV cache's pages in use had room for, and how many of those places were empty
+    (`Scheduler.kv_use`)."""
 
     steps: int = 0
+    tokens: int = 0
     host_s: float = 0.0
     kv_places: int = 0
     kv_empty: int = 0
@@ -159,6 +161,10 @@ class Engine:
         request.completions.append(completion)
         return completion
 
+    def completion(self, number: int) -> Completion:
+        """One that is not finished, by the scheduler's name for it."""
+        return self._completions[number]
+
     def matcher(self, params: SamplingParams) -> Matcher | None:
         """Of a request's structured output, on any thread. Raises RequestError."""
         return None if params.structured_outputs is None else self._grammars.matcher(params.structured_outputs)
@@ -255,6 +261,7 @@ class Engine:
         """One more token of a sequence: its text, and whether it ends here."""
         request, text = completion.request, completion.text
         completion.output_token_ids.append(token)
+        self.stats.tokens += 1
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
         if completion.index == 0 and len(completion.output_token_ids) == 1:  # the others are its forks

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llm(folder):
-    engine = AsyncLLM(folder, dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=640, page_size=4)
+    engine = AsyncLLM(folder, dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=2000, page_size=4)
     yield engine
     engine.shutdown()
 

@@ -25,7 +25,7 @@ def refused(call, *, status=400):
 
 def test_models_and_version(client, server, llm):
     (model,) = client.models.list().data
-    assert (model.id, model.object, model.max_model_len) == ("tiny", "model", 640)
+    assert (model.id, model.object, model.max_model_len) == ("tiny", "model", 2000)
     assert client.models.retrieve("tiny").id == "tiny"
     assert refused(lambda: client.models.retrieve("other"), status=404)["code"] == "model_not_found"
 
