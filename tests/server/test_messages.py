@@ -10,7 +10,7 @@ TURNS = [
     {"role": "assistant", "content": [{"type": "text", "text": "So."}]},
     {"role": "user", "content": "Go on."},
 ]
-ASKED = dict(model="tiny", max_tokens=12, messages=TURNS, system="Be brief.", temperature=0)
+ASKED = dict(model="tiny", max_tokens=12, messages=TURNS, system="Be brief.", extra_body={"temperature": 0})
 TOOLS = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in (WEATHER, NOW)]
 
 
@@ -43,7 +43,7 @@ def test_a_stop_sequence(claude):
 
 
 def test_tools(claude):
-    asked = ASKED | {"temperature": 1, "max_tokens": 200, "tools": TOOLS}
+    asked = ASKED | {"extra_body": {"temperature": 1}, "max_tokens": 200, "tools": TOOLS}
     message = claude.messages.create(**asked, tool_choice={"type": "any", "disable_parallel_tool_use": True})
     (use,) = message.content
     assert use.type == "tool_use" and use.name in ("weather", "now") and message.stop_reason == "tool_use"
@@ -68,5 +68,5 @@ def test_tools(claude):
 )
 def test_errors_are_in_their_shape(claude, more, what):
     with pytest.raises(anthropic.APIStatusError, match=what) as caught:
-        claude.messages.create(**{k: v for k, v in ASKED.items() if k not in more}, **{k: more.get(k, ASKED.get(k)) for k in more})
+        claude.messages.create(**ASKED | {"extra_body": more})
     assert caught.value.status_code in (400, 404) and caught.value.body["type"] == "error"
