@@ -21,6 +21,7 @@ from jaxllm.errors import ConfigError, JaxLLMError
 COMMANDS = {
     "generate": ("jaxllm.launch.generate", "Continue prompts with a model, streaming the text."),
     "chat": ("jaxllm.launch.chat", "Talk with a model in the terminal."),
+    "serve": ("jaxllm.launch.serve", "Serve a model over HTTP, as OpenAI's API."),
     "convert": ("jaxllm.launch.convert", "Write a model as a Hugging Face safetensors folder."),
     "bench throughput": ("jaxllm.launch.bench.throughput", "Measure tokens a second over many requests at once."),
     "bench latency": ("jaxllm.launch.bench.latency", "Measure the time to the first token and between tokens."),
@@ -28,6 +29,7 @@ COMMANDS = {
     "bench mixed": ("jaxllm.launch.bench.mixed", "Measure a load of every kind of request at once, and what it wastes."),
     "bench prefix": ("jaxllm.launch.bench.prefix", "Measure what requests that begin alike gain by sharing pages."),
     "bench train": ("jaxllm.launch.bench.train", "Measure tokens a second of fine-tuning."),
+    "bench serve": ("jaxllm.launch.bench.serve", "Measure any OpenAI-compatible server under load."),
     "compile": ("jaxllm.launch.compile", "Compile every program of an engine and write them to a folder, to start from."),
     "plan": ("jaxllm.launch.plan", "Tell whether a model fits TPUs or GPUs that are not here, and how fast they could serve it."),
     "kernels": ("jaxllm.launch.kernels", "Compile the attention kernels for chips that are not here, and list what compiles."),

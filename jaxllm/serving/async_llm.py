@@ -17,6 +17,7 @@ from jaxllm.serving.executables import bundle_settings
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.prompt import Prompt, read_prompt, read_salt
 from jaxllm.serving.request import RequestOutput, SamplingParams
+from jaxllm.serving.structured import Matcher
 from jaxllm.tokenizers import Tokenizer
 
 
@@ -72,6 +73,11 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def dead(self) -> EngineDeadError | None:
+        """Why no request can be served, if none can."""
+        return self._dead
+
     def get_tokenizer(self) -> Tokenizer:
         return get_tokenizer(self.engine)
 
@@ -86,11 +92,12 @@ class AsyncLLM:
         params = SamplingParams() if sampling_params is None else sampling_params
         text, ids = read_prompt(prompt, params, self.engine)
         salt = read_salt(prompt)
+        matcher = None if params.structured_outputs is None else await asyncio.to_thread(self.engine.matcher, params)
         request_id = f"async-{next(self._numbers)}" if request_id is None else request_id
         await self._take_place()
         stream = _Stream()
         try:
-            added = self._post(lambda: self._add(request_id, ids, params, text, salt, stream))
+            added = self._post(lambda: self._add(request_id, ids, params, text, salt, matcher, stream))
             await asyncio.wrap_future(added)
             output = None
             while output is None or not output.finished:
@@ -104,6 +111,12 @@ class AsyncLLM:
         finally:
             self._post(lambda: self._abort(request_id, stream))
             self._give_place()
+
+    async def ask[Answer](self, question: Callable[[Engine], Answer]) -> Answer:
+        """What `question` returns of the engine, on the engine's thread between two steps. Raises EngineDeadError."""
+        answers: list[Answer] = []
+        await asyncio.wrap_future(self._post(lambda: answers.append(question(self.engine))))
+        return answers[0]
 
     async def reset_prefix_cache(self) -> None:
         """Forgets all that earlier requests left in the KV cache. Raises EngineDeadError."""
@@ -152,8 +165,8 @@ class AsyncLLM:
                 self._wake.notify()
         return done
 
-    def _add(self, request_id: str, ids, params: SamplingParams, text: str | None, salt: str | None, stream: _Stream) -> None:
-        self.engine.add_request(ids, params, prompt=text, request_id=request_id, cache_salt=salt)
+    def _add(self, request_id: str, ids, params, text: str | None, salt: str | None, matcher: Matcher | None, stream: _Stream) -> None:
+        self.engine.add_request(ids, params, prompt=text, request_id=request_id, cache_salt=salt, matcher=matcher)
         self._streams[request_id] = stream
 
     def _abort(self, request_id: str, stream: _Stream) -> None:

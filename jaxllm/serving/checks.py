@@ -15,9 +15,6 @@ def check_prompt(prompt_token_ids: Seq[int], params: SamplingParams, *, vocab_si
     ids = list(prompt_token_ids)
     if not ids:
         raise RequestError("the prompt has no tokens: give at least one")
-    for i in ids:
-        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < vocab_size:
-            raise RequestError(f"prompt_token_ids has {i!r}: token ids are whole numbers from 0 to {vocab_size - 1}")
     if params.truncate_prompt_tokens is not None:
         keep = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else max_model_len - 1  # -1: as many as there is room for
         ids = ids[-keep:]
@@ -26,6 +23,9 @@ def check_prompt(prompt_token_ids: Seq[int], params: SamplingParams, *, vocab_si
             f"the prompt has {len(ids)} tokens, and max_model_len={max_model_len} leaves no room to answer: shorten it, "
             "or set truncate_prompt_tokens"
         )
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not 0 <= i < vocab_size:
+            raise RequestError(f"prompt_token_ids has {i!r}: token ids are whole numbers from 0 to {vocab_size - 1}")
     return [int(i) for i in ids]
 
 

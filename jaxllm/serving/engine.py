@@ -4,11 +4,12 @@ import hashlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from jaxllm.errors import RequestError
 from jaxllm.serving.bad_words import bad_words_token_ids
@@ -26,16 +27,19 @@ from jaxllm.serving.replay import RecordingScheduler, open_record
 from jaxllm.serving.request import Completion, Logprob, Request, RequestMetrics, RequestOutput, SamplingParams, completion_seed
 from jaxllm.serving.runner import Launched
 from jaxllm.serving.scheduler import Scheduler, StepPlan
-from jaxllm.serving.slot_state import check_slot
+from jaxllm.serving.slot_state import check_slot, packed
+from jaxllm.serving.structured import Grammars, Matcher
 from jaxllm.tokenizers import Tokenizer
 
 
 @dataclass
 class EngineStats:
-    """Sums over all steps so far: their number, the seconds that the host spent on them rather than waiting for the device, the
-    tokens that the KV cache's pages in use had room for, and how many of those places were empty (`Scheduler.kv_use`)."""
+    """Sums over all steps so far: their number, the tokens drawn, the seconds that the host spent on them rather than waiting
+    for the device, the tokens that the KV cache's pages in use had room for, and how many of those places were empty
+    (`Scheduler.kv_use`)."""
 
     steps: int = 0
+    tokens: int = 0
     host_s: float = 0.0
     kv_places: int = 0
     kv_empty: int = 0
@@ -61,6 +65,7 @@ class Engine:
         self.scheduler = Scheduler(self.limits, self.pool) if record is None else RecordingScheduler(self.limits, self.pool, record)
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # that are not finished
+        self._grammars = Grammars(self.tokenizer, self.vocab_size, self.eos_token_ids)
         self._in_flight: deque[tuple[StepPlan, Launched]] = deque()
         self._num_added = 0  # requests
         self._num_completions = 0
@@ -68,6 +73,7 @@ class Engine:
         fixed = not any(rope.depends_on_length for rope in self.runner.model.config.ropes.values())
         self._shares_pages = config.enable_prefix_caching and fixed
         self.stats = EngineStats()
+        self.on_step: Callable[[int], None] | None = None  # is told how many tokens a step has, on the thread that steps
         self.load_s = loaded.load_s
         if config.warmup:
             background = loaded.exact if config.warmup_in_background is None else config.warmup_in_background
@@ -85,10 +91,11 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        matcher: Matcher | None = None,
     ) -> str:
         """Queues a request and returns its id. Raises RequestError if it cannot be served.
 
-        It shares the KV cache with requests of the same `cache_salt` only.
+        It shares the KV cache with requests of the same `cache_salt` only. `matcher`: what `matcher(params)` has made, which takes time.
         """
         ids = check_prompt(prompt_token_ids, params, vocab_size=self.vocab_size, max_model_len=self.limits.max_model_len)
         check_params(
@@ -114,6 +121,7 @@ class Engine:
             bad_words=bad_words_token_ids(self.tokenizer, params.bad_words) if params.bad_words else (),
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(ids),
             salt=salt_name(cache_salt),
+            matcher=self.matcher(params) if matcher is None else matcher,
         )
         seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, number)
         shares = self._shares_pages and params.prompt_logprobs is None  # those need every token of the prompt computed
@@ -138,6 +146,8 @@ class Engine:
         number, params = self._num_completions, request.params
         text = TextStream(self.tokenizer if beam is None else None, params, request.prompt_token_ids)
         completion = Completion(number, request, len(request.completions), seed, text, None if names is None else list(names))
+        if request.matcher is not None:
+            completion.matcher = request.matcher.copy()
         if beam is not None:
             completion.output_token_ids = list(beam.token_ids)
         num_outputs, max_tokens = (0, request.max_tokens) if beam is None else (len(beam.token_ids), len(beam.token_ids) + 1)
@@ -150,6 +160,14 @@ class Engine:
         self._completions[number] = completion
         request.completions.append(completion)
         return completion
+
+    def completion(self, number: int) -> Completion:
+        """One that is not finished, by the scheduler's name for it."""
+        return self._completions[number]
+
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """Of a request's structured output, on any thread. Raises RequestError."""
+        return None if params.structured_outputs is None else self._grammars.matcher(params.structured_outputs)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once, whatever its state; an unknown one is ignored, as it may have just finished."""
@@ -164,26 +182,57 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Starts the next step, then reads the one before it; returns the requests that have something new."""
-        start = time.perf_counter()
+        start, outputs = time.perf_counter(), []
         plan = self.scheduler.schedule()
         if plan.scheduled:
             prepared = self.runner.prepare(plan, self._completions)
+            self._note(plan)
             places, empty = self.scheduler.kv_use()
             self.stats.kv_places += places
             self.stats.kv_empty += empty
             self.stats.host_s += time.perf_counter() - start
             self.stats.steps += 1
-            self._in_flight.append((plan, self.runner.launch(prepared)))
+            structured = any(s.samples and self._completions[s.sequence.id].matcher is not None for s in plan.scheduled)
+            launched = self.runner.launch(prepared, (lambda: self._masks(plan, outputs)) if structured else None)
+            self._in_flight.append((plan, launched))
         if self._in_flight and (len(self._in_flight) > 1 or not plan.scheduled):
-            plan, launched = self._in_flight.popleft()
-            launched = jax.device_get(launched)  # waits for the device
-            start = time.perf_counter()
-            outputs = self._read(plan, launched)
-            self.stats.host_s += time.perf_counter() - start
-            return outputs
-        if self._requests and not self._in_flight:
+            outputs += self._read_oldest()
+        elif self._requests and not self._in_flight:
             raise RuntimeError(f"the scheduler has stalled with {len(self._requests)} requests: this is a bug in jaxllm, please report it")
-        return []
+        return outputs
+
+    def _read_oldest(self) -> list[RequestOutput]:
+        plan, launched = self._in_flight.popleft()
+        launched = jax.device_get(launched)  # waits for the device
+        start = time.perf_counter()
+        outputs = self._read(plan, launched)
+        self.stats.host_s += time.perf_counter() - start
+        return outputs
+
+    def _masks(self, plan: StepPlan, outputs: list[RequestOutput]) -> tuple[list[int], np.ndarray]:
+        """Slots of a plan whose tokens have a grammar, and what it allows there. That depends on the tokens of the step before,
+        which is read now; what it gave is added to `outputs`."""
+        while self._in_flight:
+            outputs += self._read_oldest()
+        rows = [(s.sequence.slot, c) for s in plan.scheduled if s.samples and (c := self._completions.get(s.sequence.id)) and c.matcher]
+        if not rows:
+            return [], np.empty((0, 0), np.uint32)
+        start = time.perf_counter()
+        masks = self._grammars.masks([completion.matcher for _, completion in rows])
+        for mask, (_, completion) in zip(masks, rows, strict=True):
+            if (allowed := completion.request.params.allowed_token_ids) is not None:
+                mask &= packed(allowed, self.vocab_size)
+        self.stats.host_s += time.perf_counter() - start
+        return [slot for slot, _ in rows], masks
+
+    def _note(self, plan: StepPlan) -> None:
+        """For those who measure."""
+        now = time.monotonic()
+        for s in plan.scheduled:
+            if s.admitted and (times := self._completions[s.sequence.id].request.metrics).scheduled_time is None:
+                times.scheduled_time = now
+        if self.on_step is not None:
+            self.on_step(plan.num_tokens)
 
     def _read(self, plan: StepPlan, launched: Launched) -> list[RequestOutput]:
         self.scheduler.complete(plan)
@@ -212,6 +261,7 @@ class Engine:
         """One more token of a sequence: its text, and whether it ends here."""
         request, text = completion.request, completion.text
         completion.output_token_ids.append(token)
+        self.stats.tokens += 1
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
         if completion.index == 0 and len(completion.output_token_ids) == 1:  # the others are its forks
@@ -224,6 +274,9 @@ class Engine:
             completion.stop_reason = None if token in self.eos_token_ids else token
         elif (stop := text.add(token)) is not None:
             completion.finish_reason, completion.stop_reason = "stop", stop
+        elif completion.matcher is not None and completion.matcher.take(token):
+            completion.finish_reason = "stop" if completion.matcher.error is None else "error"
+            completion.stop_reason = completion.matcher.error
         elif len(completion.output_token_ids) >= request.max_tokens:
             completion.finish_reason = "length"
         if completion.finish_reason is None:
@@ -238,7 +291,9 @@ class Engine:
         request.beams = None
         for completion in request.completions:
             if completion.finish_reason is None:
-                completion.finish_reason, completion.stop_reason = "error", "the logits have a NaN or +inf, or nothing but -inf"
+                why = completion.matcher.error if completion.matcher is not None else None
+                completion.finish_reason = "error"
+                completion.stop_reason = why or "the logits have a NaN or +inf, or nothing but -inf"
             self._end(completion)
 
     def _advance_beam(self, completion: Completion) -> None:

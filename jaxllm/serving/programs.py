@@ -7,7 +7,7 @@ on the number of sequences only, is compiled once for all steps that have as man
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -149,8 +149,10 @@ class WholeStep(_Programs):
         shardings = (self.whole, self.pages_sharding, self.whole, self.whole)
         return self._compile(f"step {bucket}", partial(self._step, layout, bucket.decode), arguments, donate=(1, 2), shardings=shardings)
 
-    def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
-        """Starts a step: what it draws, and its hidden states [T, D]."""
+    def run(self, program, state: DeviceState, buffer: jax.Array, before_draw: Callable[[], None] | None = None) -> tuple[Drawn, jax.Array]:
+        """Starts a step: what it draws, and its hidden states [T, D]. `before_draw` may still change the slots."""
+        if before_draw is not None:
+            before_draw()
         drawn, state.kv_pages, state.slots, hidden = program(self.weights, state.kv_pages, state.slots, buffer)
         return drawn, hidden
 
@@ -201,14 +203,16 @@ class LayerByLayer(_Programs):
         rows = self._compile(f"rows {bucket}", last_rows, (x, batch["query_starts"]))
         return first, layers, rows, self._head(bucket.sequences, head)
 
-    def run(self, program, state: DeviceState, buffer: jax.Array) -> tuple[Drawn, jax.Array]:
-        """Starts a step: what it draws, and its hidden states [T, D]."""
+    def run(self, program, state: DeviceState, buffer: jax.Array, before_draw: Callable[[], None] | None = None) -> tuple[Drawn, jax.Array]:
+        """Starts a step: what it draws, and its hidden states [T, D]. `before_draw` may still change the slots."""
         first, layers, rows, head = program
         x, ropes, batch = first(self.weights, state.slots.last_tokens, buffer)
         attend = {name: batch[name] for name in _ATTEND}
         for kind, _, _, weights, number in self._layers:
             x, state.kv_pages = layers[kind](weights, x, state.kv_pages, ropes, attend, number)
         last = rows(x, batch["query_starts"])
+        if before_draw is not None:
+            before_draw()
         drawn, state.slots = head(self.weights, last, {name: batch[name] for name in _HEAD}, state.slots)
         return drawn, x
 

@@ -9,6 +9,7 @@ from jaxllm.serving.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from jaxllm.serving.beam import BeamSearch
     from jaxllm.serving.output import TextStream
+    from jaxllm.serving.structured import Matcher
 
 # error: the model, or a logits processor, gave logits that nothing can be drawn from; stop_reason says so.
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -28,6 +29,7 @@ class RequestMetrics:
     """Moments in seconds, by `time.monotonic`; None: not yet."""
 
     arrival_time: float
+    scheduled_time: float | None = None  # when a step first had a part of it
     first_token_time: float | None = None
     finished_time: float | None = None
 
@@ -72,6 +74,7 @@ class Completion:
     index: int  # among its request's
     seed: int
     text: "TextStream" = field(repr=False)
+    matcher: "Matcher | None" = field(default=None, kw_only=True)  # of its structured output
     page_names: list[bytes] | None = None  # of its full pages; None: it shares none
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -110,6 +113,7 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()  # as tokens
     prompt_logprobs: "list[dict[int, Logprob] | None] | None" = None
     beams: "BeamSearch | None" = None
+    matcher: "Matcher | None" = None  # at the beginning of its structured output
     salt: bytes = b""  # its pages are shared with requests of the same salt only
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0

@@ -23,14 +23,16 @@ from jaxllm.serving.logprobs import TokenLogprobs
 from jaxllm.serving.programs import PROMPT_BLOCK, DeviceState, LayerByLayer, WholeStep
 from jaxllm.serving.request import Completion
 from jaxllm.serving.scheduler import ScheduledSequence, SchedulerConfig, StepPlan
-from jaxllm.serving.slot_state import SlotWriter, features, make_slots, needs_slot
+from jaxllm.serving.slot_state import MaskWriter, SlotWriter, features, make_slots, needs_slot
 from jaxllm.serving.warm_up import WarmUp
 from jaxllm.sharding import ShardingRules
 
 logger = logging.getLogger(__name__)
 
 # Programs beside those of the buckets, by what they do. Those that cut blocks out of hidden states go by the number of tokens.
-_COPY, _WRITE_SLOT, _PROMPT_LOGPROBS = "copy pages", "write a slot", "prompt logprobs"
+# Those that write masks have their size with them.
+_COPY, _WRITE_SLOT, _PROMPT_LOGPROBS, _WRITE_MASKS = "copy pages", "write a slot", "prompt logprobs", "write masks"
+_Key = Bucket | str | int | tuple[str, int]
 
 
 @dataclass
@@ -124,8 +126,9 @@ class Runner:
             cache=self.cache,
         )
         self._slots = SlotWriter(self.state.slots, model.config.vocab_size, mesh)
+        self._masks = MaskWriter(self.state.slots, mesh)
         self._copies = CopyPages(self.state.kv_pages, num_pages=num_pages, most=limits.max_num_seqs, mesh=mesh)
-        self._programs: dict[Bucket | str | int, Any] = {}  # those that `_warm_up` has not made
+        self._programs: dict[_Key, Any] = {}  # those that `_warm_up` has not made
         self._warm_up: WarmUp | None = None
         self._warm = False
 
@@ -139,6 +142,7 @@ class Runner:
         decode, mixed = ([b for b in self.buckets if b.decode == kind] for kind in (True, False))
         enough = [mixed[-1], decode[-1]]
         small = [_WRITE_SLOT, _COPY, _PROMPT_LOGPROBS, *sorted({bucket.tokens for bucket in self.buckets})]
+        small += [(_WRITE_MASKS, size) for size in self._masks.sizes]
         # Where all are waited for, those that take longest come first; behind a server's back, those that are missed most.
         rest = self.buckets if background else self.buckets[::-1]
         every = list(dict.fromkeys([*enough, *([decode[0], *small, *rest] if background else [*rest, *small])]))
@@ -171,14 +175,23 @@ class Runner:
             _prompt_rows(plan, chosen),
         )
 
-    def launch(self, step: Prepared) -> Launched:
-        """Starts a step."""
+    def launch(self, step: Prepared, masks: Callable[[], tuple[list[int], np.ndarray]] | None = None) -> Launched:
+        """Starts a step. `masks` is called when that is under way which does not depend on it, and returns slots, and for each
+        the tokens that may be drawn there (uint32 [slots, V/32])."""
         state = self.state
         if step.copies is not None:
             state.kv_pages = self._copies.run(self._program(_COPY), state.kv_pages, step.copies)
         for buffer in step.slots:
             state.slots = self._slots.run(self._program(_WRITE_SLOT), state.slots, buffer)
-        drawn, hidden = self.programs.run(self._program(step.bucket), state, jax.device_put(step.buffer, self._whole))
+
+        def before_draw() -> None:
+            slots, allowed = masks()
+            if slots:
+                rows = self._masks.pack(slots, allowed)
+                state.slots = self._masks.run(self._program((_WRITE_MASKS, len(rows))), state.slots, rows)
+
+        buffer = jax.device_put(step.buffer, self._whole)
+        drawn, hidden = self.programs.run(self._program(step.bucket), state, buffer, before_draw if masks is not None else None)
         prompts = []
         for rows in step.prompt_rows:
             first = jax.device_put(np.int32(rows.first_row), self._whole)
@@ -191,7 +204,7 @@ class Runner:
         """Those whose programs are there; all of them where none was compiled ahead."""
         return [b for b in self.buckets if self._warm_up.ready(b)] if self._warm else self.buckets
 
-    def _program(self, key: Bucket | str | int) -> Any:
+    def _program(self, key: _Key) -> Any:
         if self._warm_up is not None and (program := self._warm_up.get(key)) is not None:
             return program
         if key not in self._programs:
@@ -203,7 +216,7 @@ class Runner:
                 logger.warning("compiled %s after warm-up: this is a bug in jaxllm, please report it", key)
         return self._programs[key]
 
-    def _compile(self, key: Bucket | str | int) -> Any:
+    def _compile(self, key: _Key) -> Any:
         self.stats.compiles += 1
         if key == _COPY:
             return self._copies.compile()
@@ -211,6 +224,8 @@ class Runner:
             return self._slots.compile()
         if key == _PROMPT_LOGPROBS:
             return self.programs.compile_prompt_logprobs()
+        if isinstance(key, tuple):
+            return self._masks.compile(key[1])
         if isinstance(key, int):
             return self.programs.compile_block(key)
         return self.programs.compile(key, self._layouts[key])

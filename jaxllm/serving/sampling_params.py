@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxllm.config import unknown
 from jaxllm.errors import RequestError
+from jaxllm.serving import structured
 
 _LARGEST = 1e38  # what float32 holds
 _MOST_COMPLETIONS = 16384  # as in vLLM: each is queued at once
@@ -263,6 +264,15 @@ PARAMETERS: tuple[Parameter, ...] = (
         "device",
         "The name of a function in JAX that the engine was made with (`logits_processors`), applied to the logits.",
     ),
+    Parameter(
+        "structured_outputs",
+        None,
+        structured.SCHEMA,
+        "one of json (a schema), json_object, regex, choice and grammar",
+        structured.parse,
+        "device",
+        'What the text must be, e.g. `{"regex": "[0-9]+"}`; the output ends where nothing more can follow. It needs llguidance.',
+    ),
 )
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 
@@ -321,6 +331,7 @@ class SamplingParams:
     beam_width: int | None = default("beam_width")
     length_penalty: float = default("length_penalty")
     logits_processor: str | None = default("logits_processor")
+    structured_outputs: structured.StructuredOutputs | dict[str, Any] | None = default("structured_outputs")
 
     def __post_init__(self):
         for parameter in PARAMETERS:
@@ -335,6 +346,8 @@ class SamplingParams:
             raise RequestError(f"truncate_prompt_tokens must be {_BY_NAME['truncate_prompt_tokens'].must}, not 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+        if self.structured_outputs is not None and self.min_tokens:
+            raise RequestError("min_tokens does not go together with structured_outputs, which say where the output ends: leave one out")
         if self.use_beam_search:
             self._check_beam_search()
         elif self.beam_width is not None or self.length_penalty != default("length_penalty"):

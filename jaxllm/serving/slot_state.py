@@ -5,6 +5,7 @@ admitted, by one program, from one buffer (`SlotWriter`); rows of sequences that
 step's `features` say that they are not to be read.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ def features(completion: Completion) -> int:
     return (
         PENALTIES * (params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1)
         | BIAS * bool(params.logit_bias or _held_back(completion) or any(len(word) == 1 for word in completion.request.bad_words))
-        | ALLOWED * (params.allowed_token_ids is not None)
+        | ALLOWED * (params.allowed_token_ids is not None or completion.matcher is not None)
         | BAD_WORDS * any(len(word) > 1 for word in completion.request.bad_words)
         | LOGPROBS * (params.logprobs is not None)
     )
@@ -118,6 +119,13 @@ def _biases(completion: Completion) -> list[tuple[int, float, int]]:
     ]
 
 
+def packed(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """uint32 [V/32] with a bit for each of the tokens."""
+    ids, bits = np.asarray(token_ids), np.zeros(-(-vocab_size // 32), np.uint32)
+    np.bitwise_or.at(bits, ids // 32, np.left_shift(np.uint32(1), (ids % 32).astype(np.uint32)))
+    return bits
+
+
 class SlotWriter:
     """One compiled program that fills a slot."""
 
@@ -145,8 +153,7 @@ class SlotWriter:
         for i, (token, value, until) in enumerate(_biases(completion)):
             row["bias_ids"][i], row["bias_values"][i], row["bias_until"][i] = token, value, until
         if request.params.allowed_token_ids is not None:
-            ids = np.asarray(request.params.allowed_token_ids)
-            np.bitwise_or.at(row["allowed"], ids // 32, np.left_shift(np.uint32(1), (ids % 32).astype(np.uint32)))
+            row["allowed"] |= packed(request.params.allowed_token_ids, self._vocab_size)
         row["bad_words"][:] = -1
         for i, word in enumerate(word for word in request.bad_words if len(word) > 1):
             row["bad_words"][i, -len(word) :] = word
@@ -160,3 +167,34 @@ class SlotWriter:
         row = self._layout.unpack(buffer)
         slot = row.pop("slot")[0]
         return slots._replace(**{name: getattr(slots, name).at[slot].set(value) for name, value in row.items()})
+
+
+class MaskWriter:
+    """Compiled programs that say which tokens may be drawn next, for up to so many slots at a time (`sizes`)."""
+
+    def __init__(self, slots: SlotState, mesh: Mesh):
+        self._mesh, self._whole = mesh, NamedSharding(mesh, PartitionSpec())
+        self._abstract = jax.ShapeDtypeStruct(slots.allowed.shape, slots.allowed.dtype, sharding=slots.allowed.sharding)
+        self._num_slots, self._words = slots.allowed.shape
+        self.sizes = sorted({min(size, self._num_slots) for size in (1, 8, 64, self._num_slots)})
+
+    def compile(self, size: int):
+        """(all slots' masks, a slot and its mask in each row) -> all slots' masks."""
+
+        def write(allowed, rows):
+            return allowed.at[rows[:, 0].astype(jnp.int32)].set(rows[:, 1:], mode="drop")
+
+        rows = jax.ShapeDtypeStruct((size, 1 + self._words), jnp.uint32, sharding=self._whole)
+        with jax.set_mesh(self._mesh):
+            return jax.jit(write, donate_argnums=0, out_shardings=self._whole).lower(self._abstract, rows).compile()
+
+    def pack(self, slots: Sequence[int], masks: np.ndarray) -> np.ndarray:
+        """What the program for that many is told."""
+        size = next(size for size in self.sizes if size >= len(slots))
+        rows = np.full((size, 1 + self._words), self._num_slots, np.uint32)  # past the end: nowhere
+        rows[: len(slots), 0], rows[: len(slots), 1:] = slots, masks
+        return rows
+
+    def run(self, program, slots: SlotState, rows: np.ndarray) -> SlotState:
+        """The slots with new masks; `slots` is used up."""
+        return slots._replace(allowed=program(slots.allowed, jax.device_put(rows, self._whole)))

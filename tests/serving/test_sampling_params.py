@@ -51,6 +51,7 @@ VALUES = {
     "beam_width": ([None], [0, -1]),  # the others need beams
     "length_penalty": ([1, 1.0], [None]),
     "logits_processor": ([None, "name"], []),
+    "structured_outputs": ([None, {"regex": "a"}, {"json": {}}, {"choice": ["a"]}], [{}, {"regex": 1}, {"choice": []}, {"rgx": "a"}]),
 }
 NUMBERS = [p.name for p in PARAMETERS if p.schema.get("type") in ("number", "integer", ["integer", "null"])]
 # Values of no use to most: those that a parameter does not take by its type.
@@ -172,6 +173,7 @@ TOGETHER = {
             logprobs=1,
             prompt_logprobs=1,
             logits_processor="x",
+            structured_outputs={"regex": "a"},
         ).items()
     },
 }

@@ -1,0 +1,132 @@
+"""Prometheus metrics, under vLLM's names with the prefix `jaxllm:`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
+from jaxllm.serving.engine import Engine
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # s; vLLM's, as are the others
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+_BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Metrics:
+    """Of one app: what its requests meet, and what its engine does."""
+
+    def __init__(self, llm: AsyncLLM, model_name: str):
+        self.registry = CollectorRegistry()
+        counter = lambda name, doc, *labels: Counter(f"jaxllm:{name}", doc, ["model_name", *labels], registry=self.registry)
+
+        def histogram(name: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(f"jaxllm:{name}", doc, ["model_name"], buckets=buckets, registry=self.registry)
+            return made.labels(model_name)
+
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, those in the cache included.").labels(model_name)
+        self.generation_tokens = counter("generation_tokens", "Generated tokens.").labels(model_name)
+        self.queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.").labels(model_name)
+        self.hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.").labels(model_name)
+        ended = counter("request_success", "Prompts that have ended, by how.", "finished_reason")
+        self.ended = {reason: ended.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
+        self.between = histogram("inter_token_latency_seconds", "From a token to the next.", _BETWEEN)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "A request's mean time for each token after the first.", _BETWEEN
+        )
+        self.whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LATENCY)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _LATENCY)
+        self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", _LATENCY)
+        self.decode = histogram("request_decode_time_seconds", "From the first token to the last.", _LATENCY)
+        self.inference = histogram("request_inference_time_seconds", "From the first step to the last token.", _LATENCY)
+        self.request_prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", _STEP)
+        self.request_generation = histogram("request_generation_tokens", "Tokens generated for a prompt.", _STEP)
+        self.request_n = histogram("request_params_n", "The parameter n.", (1, 2, 5, 10, 20))
+        self.iteration = histogram("iteration_tokens_total", "Tokens in a step of the engine.", _STEP)
+        self.registry.register(_EngineCollector(llm.engine, model_name))
+        llm.engine.on_step = self.iteration.observe
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def watch(self, params: SamplingParams) -> Watch:
+        """For one prompt that is about to run."""
+        self.request_n.observe(params.n)
+        return Watch(self)
+
+
+class Watch:
+    """Follows one prompt."""
+
+    def __init__(self, metrics: Metrics):
+        self._metrics, self._tokens, self._last, self._over = metrics, 0, 0.0, False
+
+    def news(self, output: RequestOutput) -> None:
+        metrics, now = self._metrics, time.monotonic()
+        tokens = sum(len(each.token_ids) for each in output.outputs)
+        new, times = tokens - self._tokens, output.metrics
+        metrics.generation_tokens.inc(max(0, new))  # beams may have fewer
+        if self._tokens == 0 and tokens:
+            metrics.prompt_tokens.inc(len(output.prompt_token_ids))
+            metrics.queries.inc(len(output.prompt_token_ids))
+            metrics.hits.inc(output.num_cached_tokens)
+            metrics.first_token.observe(times.first_token_time - times.arrival_time)
+            metrics.queue.observe(times.scheduled_time - times.arrival_time)
+            metrics.prefill.observe(times.first_token_time - times.scheduled_time)
+        elif new > 0:
+            metrics.between.observe(now - self._last)
+        self._tokens, self._last = tokens, now
+        if output.finished:
+            self._end(output)
+
+    def _end(self, output: RequestOutput) -> None:
+        metrics, times = self._metrics, output.metrics
+        self._over = True
+        for each in output.outputs:
+            metrics.ended[each.finish_reason].inc()
+        metrics.request_prompt.observe(len(output.prompt_token_ids))
+        metrics.request_generation.observe(self._tokens)
+        metrics.whole.observe(times.finished_time - times.arrival_time)
+        if times.first_token_time is not None:
+            metrics.decode.observe(times.finished_time - times.first_token_time)
+            metrics.inference.observe(times.finished_time - times.scheduled_time)
+            if (longest := max(len(each.token_ids) for each in output.outputs)) > 1:
+                metrics.per_token.observe((times.finished_time - times.first_token_time) / (longest - 1))
+
+    def close(self) -> None:
+        """It runs no more, whether it has come to its end or not."""
+        if not self._over:
+            self._metrics.ended["abort"].inc()
+
+
+class _EngineCollector:
+    """What the engine has at the moment of the asking; counts of other threads may be a step old."""
+
+    def __init__(self, engine: Engine, model_name: str):
+        self._engine, self._model_name = engine, model_name
+
+    def collect(self) -> Iterator[Metric]:
+        scheduler, pool, compiled = self._engine.scheduler, self._engine.pool, self._engine.runner.stats
+        gauges = {
+            "num_requests_running": ("Sequences that run.", len(scheduler.running)),
+            "num_requests_waiting": ("Sequences that wait for a place or pages.", len(scheduler.waiting)),
+            "kv_cache_usage_perc": ("Share of the KV cache's pages in use; 1 is all.", 1 - pool.num_free / pool.capacity),
+        }
+        counters = {
+            "num_preemptions": ("Sequences that gave up their pages and waited to be computed again.", scheduler.num_preemptions),
+            "engine_steps": ("Steps of the engine.", self._engine.stats.steps),
+            "engine_host_seconds": ("What the host took for them, apart from waiting for the device.", self._engine.stats.host_s),
+            "compiles_after_warmup": ("Programs compiled while requests waited: each is a bug.", compiled.compiles_after_warmup),
+        }
+        for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (doc, value) in values.items():
+                metric = family(f"jaxllm:{name}", doc, labels=["model_name"])
+                metric.add_metric([self._model_name], value)
+                yield metric

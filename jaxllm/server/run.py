@@ -1,0 +1,88 @@
+"""Running an app until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import signal
+import socket
+import time
+
+import uvicorn
+
+from jaxllm.errors import ConfigError
+from jaxllm.server.app import make_app
+from jaxllm.server.config import ServerConfig
+from jaxllm.server.service import Service
+from jaxllm.serving import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """The socket to serve at, bound before a model is loaded for it: a port that is taken shows at once. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        where, why = f"{config.host}:{config.port}", error.strerror or error
+        raise ConfigError(f"cannot listen at {where}: {why}; choose another --port or --host") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def address(config: ServerConfig, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"{'https' if config.tls_key else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """The first SIGTERM or SIGINT lets the requests that are there finish, and refuses others; the second ends at once."""
+
+    def __init__(self, settings: uvicorn.Config, service: Service, timeout: float):
+        super().__init__(settings)
+        self._service, self._timeout, self._deadline = service, timeout, math.inf
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        if self._service.draining or not self.started:
+            self.should_exit = self.force_exit = True
+            return
+        self._service.draining, self._deadline = True, time.monotonic() + self._timeout
+        name, pending = signal.Signals(sig).name, self._service.pending
+        logger.warning("%s: %d prompts have %g s to finish; the same signal again ends them at once", name, pending, self._timeout)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is time to end."""
+        if self._service.draining and self._service.pending and time.monotonic() > self._deadline:
+            logger.warning("%d prompts have not finished in time: they are ended with an error", self._service.pending)
+            await asyncio.to_thread(self._service.llm.shutdown)
+            self._deadline = math.inf
+        return await super().on_tick(counter) or (self._service.draining and not self._service.pending)
+
+
+def run_server(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, drains, and shuts the engine down."""
+    try:
+        make_server(llm, config).run(sockets=[listener])
+    finally:
+        llm.shutdown()
+
+
+def make_server(llm: AsyncLLM, config: ServerConfig) -> Server:
+    app = make_app(llm, config)
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        lifespan="off",
+        access_log=False,
+        server_header=False,
+        ssl_certfile=config.tls_certificate,
+        ssl_keyfile=config.tls_key,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=1 << 16,
+    )
+    return Server(settings, app.state.server, config.drain_timeout)

@@ -1,0 +1,182 @@
+"""Structured output: what a request's text must look like, and which tokens may come next.
+
+llguidance (guidance-ai/llguidance) turns schemas, regular expressions and grammars into a mask of the vocabulary for each
+token. The engine has the masks made while the device computes the step that they are for, and puts them where
+`allowed_token_ids` are (`slot_state.MaskWriter`), so that the step's programs are the same with and without them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxllm.errors import RequestError
+from jaxllm.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+_FORMS: dict[str, dict[str, Any]] = {
+    "json": {"type": ["object", "boolean"]},
+    "json_object": {"const": True},
+    "regex": {"type": "string"},
+    "choice": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    "grammar": {"type": "string"},
+}
+_ANY_SPACE = {"disable_any_whitespace": {"type": "boolean"}}
+SCHEMA: dict[str, Any] = {
+    "type": ["object", "null"],
+    "oneOf": [
+        {"type": "null"},
+        *(
+            {"type": "object", "properties": {name: form} | _ANY_SPACE, "required": [name], "additionalProperties": False}
+            for name, form in _FORMS.items()
+        ),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class StructuredOutputs:
+    """One of these, under vLLM's names. Raises ValueError, saying what it must be.
+
+    Attributes:
+      json: a JSON schema, as a dict, or as text.
+      json_object: any JSON object.
+      regex: a regular expression (Rust's, without look-around) for the whole text.
+      choice: one of these texts.
+      grammar: a context-free grammar, in Lark's form or GBNF (llama.cpp's EBNF).
+      disable_any_whitespace: JSON without spaces and new lines between its parts.
+    """
+
+    json: str | dict[str, Any] | bool | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | list[str] | None = None
+    grammar: str | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self):
+        said = [name for name in _FORMS if getattr(self, name) is not None and not (name == "json_object" and self.json_object is False)]
+        if len(said) != 1:
+            raise ValueError(f"must be one of {', '.join(_FORMS)}, not {' and '.join(said) or 'none of them'}")
+        texts = all(value is None or isinstance(value, str) for value in (self.regex, self.grammar))
+        if not texts or not isinstance(self.json_object, bool | None) or not isinstance(self.disable_any_whitespace, bool):
+            raise ValueError("must have regex and grammar as texts, json_object and disable_any_whitespace as true or false")
+        if isinstance(self.json, str | dict | bool):  # kept as text, so that it cannot change
+            object.__setattr__(self, "json", json.dumps(json.loads(self.json) if isinstance(self.json, str) else self.json))
+        elif self.json is not None:
+            raise ValueError("must have json as a schema")
+        if self.choice is not None:
+            if not isinstance(self.choice, list | tuple) or not self.choice or not all(isinstance(c, str) and c for c in self.choice):
+                raise ValueError("must have choice as a list of texts, none of them empty")
+            object.__setattr__(self, "choice", tuple(self.choice))
+
+    @property
+    def grammar_text(self) -> str:
+        """For llguidance. Raises ValueError."""
+        import llguidance
+
+        if self.regex is not None:
+            return llguidance.grammar_from("regex", self.regex)
+        if self.choice is not None:
+            return llguidance.grammar_from("choice", json.dumps(self.choice))
+        if self.grammar is not None:
+            return llguidance.grammar_from("grammar", self.grammar)
+        options = {"whitespace_flexible": False} if self.disable_any_whitespace else None
+        return llguidance.LLMatcher.grammar_from_json_schema(self.json or '{"type": "object"}', options)
+
+
+def parse(value: Any) -> StructuredOutputs | None:
+    """As the table of sampling parameters wants it. Raises ValueError."""
+    if value is None or isinstance(value, StructuredOutputs):
+        return value
+    known = {field.name for field in fields(StructuredOutputs)}
+    if not isinstance(value, dict) or not set(value) <= known:
+        raise ValueError
+    return StructuredOutputs(**value)
+
+
+class Matcher:
+    """Where one sequence is in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher):
+        self.matcher = matcher
+
+    def copy(self) -> Matcher:
+        return Matcher(self.matcher.deep_copy())
+
+    def take(self, token: int) -> bool:
+        """The next token was drawn. Returns whether nothing can follow."""
+        self.matcher.consume_token(token)
+        return self.matcher.is_stopped()
+
+    @property
+    def error(self) -> str | None:
+        """Why it can go no further, if the grammar asks for too much work, or a token came that it does not allow."""
+        return f"structured_outputs: {_first_line(self.matcher.get_error())}" if self.matcher.is_error() else None
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Collection[int]):
+        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
+        self._lock, self._prepared, self._executor = threading.Lock(), None, None
+        self._compiled = lru_cache(maxsize=64)(self._compile)
+
+    def matcher(self, spec: StructuredOutputs) -> Matcher:
+        """For one sequence, at its beginning. Takes up to a second. Raises RequestError for a grammar that is none."""
+        return self._compiled(spec).copy()
+
+    def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
+        """uint32 [len(matchers), V/32]: a bit for each token that may come next; none where the matcher has an error."""
+        from llguidance.numpy import fill_next_token_bitmask_par
+
+        masks = np.zeros((len(matchers), -(-self._vocab_size // 32)), np.int32)
+        fill_next_token_bitmask_par(self._executor, [(m.matcher, i) for i, m in enumerate(matchers)], masks)
+        for mask, matcher in zip(masks, matchers, strict=True):
+            if matcher.error is not None:  # else its end would be told apart from a good one by nobody
+                mask[:] = 0
+        return masks.view(np.uint32)
+
+    def _prepare(self) -> llguidance.LLTokenizer:
+        with self._lock:
+            if self._prepared is None:
+                if self._tokenizer is None:
+                    raise RequestError("structured_outputs needs a tokenizer, and this engine was made with skip_tokenizer_init")
+                if not self._eos:
+                    raise RequestError("structured_outputs needs a model with an end of sequence, and this one has none")
+                try:
+                    import llguidance
+                except ImportError as error:
+                    raise RequestError('structured_outputs needs llguidance: pip install "jaxllm[serve]"') from error
+                backend = self._tokenizer.backend.to_str()
+                self._prepared = llguidance.LLTokenizer(backend, n_vocab=self._vocab_size, eos_token=self._eos)
+                self._executor = llguidance.LLExecutor()
+            return self._prepared
+
+    def _compile(self, spec: StructuredOutputs) -> Matcher:
+        tokenizer = self._prepare()
+        import llguidance
+
+        try:
+            grammar = spec.grammar_text
+        except ValueError as error:
+            raise RequestError(f"structured_outputs: {_first_line(str(error))}") from None
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = Matcher(llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits))
+        self.masks([matcher])  # finds out more, and leaves less to do at the first step
+        if matcher.error is not None:
+            raise RequestError(matcher.error)
+        return matcher
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,236 @@
+"""What an operator relies on: keys, limits, draining, ids, errors that reach whom they concern."""
+
+import asyncio
+import http.client
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from conftest import serving, settled
+
+from jaxllm import AsyncLLM
+from jaxllm.errors import ConfigError
+from jaxllm.server.config import ServerConfig
+from jaxllm.server.run import listen
+
+LONG = {"prompt": "The quick", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
+
+
+def call(where, path, body=None, headers=None, method=None):
+    """Status, headers and JSON of one request."""
+    connection = http.client.HTTPConnection(urlsplit(where).netloc, timeout=60)
+    raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method or ("GET" if body is None else "POST"), path, raw, headers or {})
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, answer.headers, json.loads(text) if text else None
+
+
+def test_health_version_and_load(server):
+    assert call(server, "/health")[0] == call(server, "/ready")[0] == 200
+    assert call(server, "/version")[2]["version"]
+    assert call(server, "/load")[2] == {"server_load": 0}
+    status, _, body = call(server, "/nowhere")
+    assert status == 404 and body["error"]["message"] == "there is nothing at /nowhere"
+    assert call(server, "/v1/completions")[0] == 405
+
+
+def test_tokenize_and_back(server, llm):
+    tokenizer = llm.get_tokenizer()
+    _, _, body = call(server, "/tokenize", {"prompt": "Hello, world", "return_token_strs": True})
+    assert body["tokens"] == tokenizer.encode("Hello, world") and body["count"] == len(body["tokens"]) == len(body["token_strs"])
+    assert call(server, "/detokenize", {"tokens": body["tokens"]})[2] == {"prompt": "Hello, world"}
+    messages = [{"role": "user", "content": "Why?"}]
+    assert call(server, "/tokenize", {"messages": messages})[2]["tokens"] == tokenizer.apply_chat_template(messages)
+    assert call(server, "/tokenize", {"prompt": "a", "messages": messages})[0] == 400
+    assert call(server, "/detokenize", {"tokens": [10**6]})[0] == 400
+
+
+def test_the_document_names_every_path_and_refers_to_nothing_that_is_not_there(server):
+    _, _, document = call(server, "/openapi.json")
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize"} <= set(document["paths"])
+    refs = set()
+
+    def walk(node):
+        if isinstance(node, dict):
+            refs.update([node["$ref"]] if "$ref" in node else [])
+            node = list(node.values())
+        if isinstance(node, list):
+            [walk(each) for each in node]
+
+    walk(document)
+    assert refs and all(ref.removeprefix("#/components/schemas/") in document["components"]["schemas"] for ref in refs)
+
+
+def test_request_ids_and_the_access_log(server, caplog):
+    caplog.set_level(logging.INFO, logger="jaxllm.access")
+    _, headers, _ = call(server, "/tokenize", {"prompt": "secret words"}, {"X-Request-Id": "mine-1", "Authorization": "Bearer sesame"})
+    assert headers["X-Request-Id"] == "mine-1"
+    _, headers, _ = call(server, "/nowhere%0Aforged", None, {"X-Request-Id": "not ok!"})
+    made = headers["X-Request-Id"]
+    assert len(made) == 32
+    call(server, "/v1/completions", {"prompt": "x", "max_tokens": 1, "user": "somebody"})
+    time.sleep(0.1)
+    lines = [record.getMessage() for record in caplog.records if record.name == "jaxllm.access"]
+    assert "mine-1 127.0.0.1 POST /tokenize 200" in lines[0] and f"{made} 127.0.0.1 GET /nowhere?forged 404" in lines[1]
+    assert lines[2].endswith("user='somebody'") and len(lines) == 3
+    assert not any("secret" in line or "sesame" in line for line in lines)
+
+
+def test_keys(llm):
+    with serving(llm, api_key=("first", "second")) as (where, _):
+        for path in ("/health", "/ready", "/version"):
+            assert call(where, path)[0] == 200
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "first"},
+            {"X-Api-Key": "firs"},
+            {"Authorization": "Bearer"},
+        ):
+            status, _, body = call(where, "/v1/models", None, headers)
+            assert status == 401 and body["error"]["code"] == "invalid_api_key" and "first" not in str(body)
+        for headers in ({"Authorization": "Bearer second"}, {"authorization": "bearer first"}, {"X-Api-Key": "first"}):
+            assert call(where, "/v1/models", None, headers)[0] == 200
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{where}/v1", api_key="no").models.list()
+
+
+def test_keys_from_the_environment(monkeypatch):
+    monkeypatch.setenv("JAXLLM_API_KEY", "a,b")
+    assert ServerConfig().keys == ("a", "b") and ServerConfig(api_key=("c",)).keys == ("c",)
+
+
+def test_limits(llm):
+    with serving(llm, max_body_bytes=1000, max_pending=3, max_prompts=6, request_timeout=0.15) as (where, _):
+        status, _, body = call(where, "/v1/completions", {"prompt": "x" * 2000})
+        assert status == 413 and "max_body_bytes=1000" in body["error"]["message"]
+        status, _, body = call(where, "/v1/completions", {"prompt": "x", "n": 7})
+        assert status == 400 and body["error"]["param"] == "n"
+        status, headers, body = call(where, "/v1/completions", {"prompt": ["x"] * 4, "max_tokens": 1})
+        assert status == 429 and headers["Retry-After"] == "1" and body["error"]["type"] == "rate_limit_error"
+        slow = LONG | {"n": 6, "temperature": 1.0, "max_tokens": 500}
+        status, _, body = call(where, "/v1/completions", slow)
+        assert status == 504 and body["error"]["code"] == "timeout"
+        client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIError, match="request_timeout"):
+            list(client.completions.create(model="tiny", prompt="x", n=6, max_tokens=500, stream=True, extra_body={"ignore_eos": True}))
+        settled(llm)
+
+
+def test_cross_origin_pages(server, llm):
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    assert "Access-Control-Allow-Origin" not in call(server, "/v1/completions", None, asked, "OPTIONS")[1]
+    with serving(llm, allowed_origins=("https://page.example",)) as (where, _):
+        assert "Access-Control-Allow-Origin" in call(where, "/v1/models", None, asked)[1]
+        assert "Access-Control-Allow-Origin" not in call(where, "/v1/models", None, asked | {"Origin": "https://other.example"})[1]
+
+
+@pytest.mark.parametrize(
+    "settings, what",
+    [
+        ({"max_pending": 0}, "max_pending"),
+        ({"port": 70000}, "port"),
+        ({"request_timeout": 0.0}, "request_timeout"),
+        ({"tls_key": "x"}, "tls_certificate and tls_key"),
+        ({"api_key": ("",)}, "api_key"),
+        ({"unknown_fields": "maybe"}, "unknown_fields"),
+        ({"drain_timeout": -1.0}, "drain_timeout"),
+    ],
+)
+def test_wrong_settings(settings, what):
+    with pytest.raises(ConfigError, match=what):
+        ServerConfig(**settings)
+
+
+def test_a_port_that_is_taken(server):
+    with pytest.raises(ConfigError, match="cannot listen at"):
+        listen(ServerConfig(port=urlsplit(server).port))
+
+
+def test_a_dead_engine_is_told_to_clients_and_on_health(folder):
+    llm = AsyncLLM(folder, dtype="float32", max_num_seqs=2, max_model_len=128, warmup=False)
+    launch, calls = llm.engine.runner.launch, []
+
+    def breaks(step):
+        calls.append(step)
+        if len(calls) > 5:
+            raise MemoryError("the device is gone")
+        return launch(step)
+
+    llm.engine.runner.launch = breaks
+    with serving(llm) as (where, _):
+        client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+        texts = []
+        with pytest.raises(openai.APIError, match="device is gone"):
+            for chunk in client.completions.create(model="tiny", prompt="x", stream=True, extra_body={"ignore_eos": True}):
+                texts.append(chunk.choices[0].text)
+        assert texts, "the stream had begun"
+        with pytest.raises(openai.APIStatusError, match="device is gone") as caught:
+            client.completions.create(model="tiny", prompt="x")
+        assert caught.value.status_code == 503
+        status, _, body = call(where, "/health")
+        assert status == 503 and "device is gone" in body["error"]["message"]
+        assert call(where, "/ready")[0] == 503 and call(where, "/version")[0] == 200
+
+
+def start(folder, *flags):
+    command = [sys.executable, "-m", "jaxllm.launch", "serve", "--model", str(folder), "--port", "0", *flags]
+    command += ["--max-model-len", "2000", "--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--dtype", "float32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env={**os.environ})
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("ready after"):
+            threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+            return process, line.split()[-1].removesuffix("/v1"), lines
+    raise AssertionError("".join(lines))
+
+
+def until(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come to pass within 30 s")
+
+
+def test_sigterm_lets_requests_finish_refuses_others_and_ends_what_is_too_slow(folder):
+    """One process: a request that finishes while it drains, one that is refused, one that the deadline ends."""
+    process, where, lines = start(folder, "--drain-timeout", "3")
+    try:
+        client = openai.AsyncOpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+
+        async def run():
+            asked = dict(model=str(folder), prompt="x", stream=True, temperature=0, extra_body={"ignore_eos": True})
+            short = await client.completions.create(max_tokens=40, **asked)
+            long = await client.completions.create(max_tokens=1900, **asked)
+            iterator = aiter(short)
+            await anext(iterator)
+            process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(until, lambda: call(where, "/ready")[0] == 503)
+            status, headers, _ = call(where, "/v1/completions", {"prompt": "x"})
+            assert status == 503 and headers["Retry-After"]
+            last = [chunk async for chunk in iterator][-1]
+            assert last.choices[0].finish_reason == "length"
+            try:
+                ended = [chunk async for chunk in long][-1].choices[0].finish_reason == "length"  # a fast machine
+            except openai.APIError as error:
+                ended = "shut down" in str(error)
+            assert ended
+
+        asyncio.run(run())
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    assert any("SIGTERM: " in line for line in lines) and not any("Traceback" in line for line in lines)
