@@ -25,6 +25,8 @@ class Backend:
     attention: Attention = blockwise_attend
     row_shards: int = 1
     """Parts that a batch's rows are cut into: what is bounded by memory is bounded on each."""
+    logits_alive: int = 1 << 24
+    """Values of logits that a device makes at a time. An accelerator reads the whole head for each: it needs more tokens to be busy."""
     read_often: Callable[[Array], Array] = lambda parameter: parameter
     """A parameter [F, D] that a loop reads in every pass, put where it is read, once, before the loop."""
 
@@ -34,13 +36,15 @@ ONE_DEVICE = Backend()
 
 def backend_for(mesh: Mesh, rules: ShardingRules) -> Backend:
     """JAX's splash attention on TPUs, for bfloat16 rows of a multiple of 128 tokens; `blockwise_attend` for all else."""
-    attention = splash_attention(mesh, rules) if mesh.devices.flat[0].platform == "tpu" else blockwise_attend
+    platform = mesh.devices.flat[0].platform
+    attention = splash_attention(mesh, rules) if platform == "tpu" else blockwise_attend
+    logits_alive = Backend.logits_alive if platform == "cpu" else 1 << 26
     if mesh.size == 1:
-        return Backend(attention)
+        return Backend(attention, logits_alive=logits_alive)
     everywhere = NamedSharding(mesh, PartitionSpec(rules.vocab, None))
     axes = (rules.batch,) if isinstance(rules.batch, str) else rules.batch or ()
     shards = math.prod(mesh.shape[axis] for axis in axes)
-    return Backend(attention, shards, lambda parameter: jax.lax.with_sharding_constraint(parameter, everywhere))
+    return Backend(attention, shards, logits_alive, lambda parameter: jax.lax.with_sharding_constraint(parameter, everywhere))
 
 
 def splash_attention(mesh: Mesh, rules: ShardingRules, *, interpret: bool = False) -> Attention:

@@ -15,7 +15,6 @@ from jaxllm.models import Decoder
 from jaxllm.training.backend import ONE_DEVICE, Backend
 from pallas_kernels.row_sum import row_sum
 
-_CHUNK_VALUES = 1 << 26  # logits alive at a time on a device
 _HEAD = ("lm_head", "project_out")
 
 Head = dict[str, Any]  # leaf name -> array
@@ -40,7 +39,7 @@ def cross_entropy(
     once, where recomputing them would cost a fourth product of the size of the vocabulary.
     """
     head, logits_of = _head(model, backend)
-    chunks = _chunks(model, hidden.shape, chunk_tokens, backend.row_shards)
+    chunks = _chunks(model, hidden.shape, chunk_tokens, backend)
     hs, ts, ws = chunks(hidden), chunks(targets), chunks(weights.astype(jnp.float32))
 
     def parts(logits: Array, t: Array, w: Array) -> tuple[Array, Array, Array]:
@@ -108,7 +107,7 @@ def token_log_probs(
 ) -> Float[Array, "B T"]:
     """log p(target) of each token, float32; in the backward pass the logits are computed again."""
     head, logits_of = _head(model, backend)
-    chunks = _chunks(model, hidden.shape, chunk_tokens, backend.row_shards)
+    chunks = _chunks(model, hidden.shape, chunk_tokens, backend)
 
     @jax.checkpoint
     def chunk(head, h, t):
@@ -153,11 +152,11 @@ def _head(model: Decoder, backend: Backend) -> tuple[Head, Callable[[Head, Array
     return head, logits_of
 
 
-def _chunks(model: Decoder, shape: tuple[int, ...], chunk_tokens: int | None, row_shards: int) -> Callable[[Array], Array]:
+def _chunks(model: Decoder, shape: tuple[int, ...], chunk_tokens: int | None, backend: Backend) -> Callable[[Array], Array]:
     """Cuts [B, T, ...] into [chunks, B, T / chunks, ...], with zeros after the last token where T does not divide."""
     rows, length = shape[:2]
-    tokens = chunk_tokens or max(128, _CHUNK_VALUES // model.config.vocab_size)
-    count = -(-length // max(1, min(length, tokens // -(-rows // row_shards))))
+    tokens = chunk_tokens or max(128, backend.logits_alive // model.config.vocab_size)
+    count = -(-length // max(1, min(length, tokens // -(-rows // backend.row_shards))))
     size = -(-length // count)
 
     def cut(x: Array) -> Array:
