@@ -79,6 +79,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.bundle is None:
         options.setdefault("max_num_seqs", 32)
     llm = AsyncLLM(**options)
+    listener.listen(2048)  # from now on clients are let in; until now they were refused
     where = address(config, listener)
     print(f"ready after {time.monotonic() - start:.1f} s at {where}/v1", file=sys.stderr, flush=True)
     run_server(llm, config, listener)

@@ -162,11 +162,11 @@ def test_a_dead_engine_is_told_to_clients_and_on_health(folder):
     llm = AsyncLLM(folder, dtype="float32", max_num_seqs=2, max_model_len=128, warmup=False)
     launch, calls = llm.engine.runner.launch, []
 
-    def breaks(step):
+    def breaks(*step):
         calls.append(step)
         if len(calls) > 5:
             raise MemoryError("the device is gone")
-        return launch(step)
+        return launch(*step)
 
     llm.engine.runner.launch = breaks
     with serving(llm) as (where, _):
