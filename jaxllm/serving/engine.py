@@ -85,10 +85,11 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        tenant: str = "",
     ) -> str:
         """Queues a request and returns its id. Raises RequestError if it cannot be served.
 
-        It shares the KV cache with requests of the same `cache_salt` only.
+        It shares the KV cache with requests of the same `cache_salt` only. `tenant`: whom it is for; policies may share out by it.
         """
         ids = check_prompt(prompt_token_ids, params, vocab_size=self.vocab_size, max_model_len=self.limits.max_model_len)
         check_params(
@@ -114,6 +115,7 @@ class Engine:
             bad_words=bad_words_token_ids(self.tokenizer, params.bad_words) if params.bad_words else (),
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(ids),
             salt=salt_name(cache_salt),
+            tenant=tenant,
         )
         seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, number)
         shares = self._shares_pages and params.prompt_logprobs is None  # those need every token of the prompt computed
@@ -144,7 +146,7 @@ class Engine:
         if params.logprobs is not None:
             completion.logprobs, completion.cumulative_logprob = [], 0.0
         check_slot(completion, self.vocab_size)
-        options = dict(num_outputs=num_outputs, priority=params.priority, **fork)
+        options = dict(num_outputs=num_outputs, priority=params.priority, tenant=request.tenant, now=time.monotonic(), **fork)
         self.scheduler.add(number, len(request.prompt_token_ids), max_tokens, names or (), **options)
         self._num_completions += 1
         self._completions[number] = completion
@@ -165,7 +167,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Starts the next step, then reads the one before it; returns the requests that have something new."""
         start = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(time.monotonic())
         if plan.scheduled:
             prepared = self.runner.prepare(plan, self._completions)
             places, empty = self.scheduler.kv_use()

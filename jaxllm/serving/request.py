@@ -111,6 +111,7 @@ class Request:
     prompt_logprobs: "list[dict[int, Logprob] | None] | None" = None
     beams: "BeamSearch | None" = None
     salt: bytes = b""  # its pages are shared with requests of the same salt only
+    tenant: str = ""
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
 
