@@ -42,3 +42,4 @@ def repeat(scheduler: Scheduler, plan: StepPlan, times: int) -> None:
             raise AssertionError("there are fewer pages than most_repeats has found")
         sequence.num_computed = computed
         sequence.num_tokens += times
+        sequence.tenant.service += 2 * times

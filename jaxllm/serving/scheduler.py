@@ -175,6 +175,7 @@ class Scheduler:
             id, num_prompt, max_tokens, arrival, self._num_added, priority, member, arrived, num_tokens=num_tokens, turn=now
         )
         sequence.rank = self.policy.rank(sequence, now)
+        self.next_review = min(self.next_review, self.policy.due(sequence, now))
         self._unsettled = True
         sequence.outgrown = limit is not None and num_tokens > limit
         sequence.page_names += page_names
@@ -194,7 +195,7 @@ class Scheduler:
             return
         self._stop(sequence)
         sequence.ended = True
-        self.book.leave(sequence.tenant, sequence.num_tokens - sequence.num_prompt - sequence.in_flight)
+        self.book.leave(sequence, sequence.num_tokens - sequence.num_prompt - sequence.in_flight)
         self._leave_source(sequence)
         if not sequence.num_forks:
             self._drop(sequence)
@@ -247,8 +248,9 @@ class Scheduler:
         i = 0
         size, recompute = self.config.page_size, self.config.recompute_beyond is not None
         running = self.running
-        # A prompt of a good rank would take all tokens of a step. None of its chunks throws others out: its pages are promised.
-        if timed and any(s.num_tokens - s.num_computed > 1 for s in running):
+        # A prompt of a good rank would take all tokens of a step. None of its chunks throws others out: its pages are promised (unless
+        # it is computed anew while it runs).
+        if timed and not recompute and any(s.num_tokens - s.num_computed > 1 for s in running):
             running = sorted(running, key=_has_many_pending)
         while i < len(running) and budget > 0:
             sequence = running[i]
@@ -276,7 +278,8 @@ class Scheduler:
             if recompute:
                 self._recompute_if_outgrown(sequence)  # it may have grown past the limit in the step that it was thrown out of
             copy_from = self._find_computed(sequence)
-            count = min(self._num_ready(sequence), budget)
+            # The device knows a token that is in flight by its slot; who gave way in this plan has lost it.
+            count = 0 if sequence.in_flight else min(self._num_ready(sequence), budget)
             # Room for all of it, not only its first chunk: else it is thrown out half computed, and computed again, many times.
             if count == 0 or not self.reserve(sequence, sequence.num_computed + count, then=sequence.num_tokens):
                 self._let_go(sequence)
@@ -288,6 +291,8 @@ class Scheduler:
             sequence.slot = self._free_slots.pop()
             sequence.num_known, sequence.turn = sequence.num_tokens, now
             self.running.add(sequence)
+            if timed:
+                self.next_review = min(self.next_review, self.policy.due(sequence, now))
             scheduled.append(self._plan(sequence, count, admitted=True))
             budget -= count
         for sequence in self._unparked:
@@ -348,6 +353,7 @@ class Scheduler:
             self._unpark(sequence, sequence.num_computed)
         samples = sequence.num_computed == sequence.num_tokens
         planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, sequence.pages, admitted)
+        sequence.tenant.service += count + samples
         if samples:
             sequence.num_tokens += 1
             sequence.in_flight += 1
@@ -459,6 +465,7 @@ class Scheduler:
         sequence.preemptions += 1
         self.num_preemptions += 1
         self.waiting.add(sequence)
+        self.next_review = min(self.next_review, self.policy.due(sequence, self._now))
 
     def _recompute_if_outgrown(self, sequence: Sequence) -> None:
         limit = self.config.recompute_beyond

@@ -5,8 +5,12 @@ from typing import Any
 
 from jaxllm.config import from_dict, unknown
 from jaxllm.errors import ConfigError
+from jaxllm.serving.policies.adaptive import Adaptive
 from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, Ranked, Tenant
+from jaxllm.serving.policies.lengths import Hrrn, Sjf, Srpt
+from jaxllm.serving.policies.mlfq import Mlfq
 from jaxllm.serving.policies.order import Fcfs, PreemptivePriority, Priority
+from jaxllm.serving.policies.vtc import Vtc
 
 __all__ = ["NEVER", "POLICIES", "Book", "Policy", "Rank", "Ranked", "Tenant", "make_policy"]
 
@@ -14,6 +18,12 @@ POLICIES: dict[str, type[Policy]] = {
     "fcfs": Fcfs,
     "priority": Priority,
     "priority_preempt": PreemptivePriority,
+    "mlfq": Mlfq,
+    "hrrn": Hrrn,
+    "sjf": Sjf,
+    "srpt": Srpt,
+    "vtc": Vtc,
+    "adaptive": Adaptive,
 }
 
 

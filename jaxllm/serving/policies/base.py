@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, ClassVar
 
 from jaxllm.errors import ConfigError
+from jaxllm.serving.policies.outputs import Lengths
 
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
@@ -56,8 +57,7 @@ class Book:
     """What policies know beside the sequences: tenants, and how long outputs are."""
 
     tenants: dict[str, Tenant] = field(default_factory=dict)
-    ended: float = 0.0  # sequences
-    outputs: float = 0.0  # tokens of theirs
+    lengths: Lengths = field(default_factory=Lengths)
 
     def join(self, name: str) -> Tenant:
         """A sequence of a tenant comes. One that was away has saved nothing up (VTC, algorithm 2: its counter is lifted)."""
@@ -69,14 +69,19 @@ class Book:
         tenant.live += 1
         return tenant
 
-    def leave(self, tenant: Tenant, outputs: int) -> None:
+    def leave(self, sequence: Sequence, outputs: int) -> None:
         """A sequence has ended after so many tokens."""
+        tenant = sequence.tenant
         tenant.live -= 1
         if outputs > 0:
-            self.ended, self.outputs = 0.999 * self.ended + 1, 0.999 * self.outputs + outputs
+            self.lengths.add(sequence.num_prompt, outputs)
             tenant.ended, tenant.outputs = 0.99 * tenant.ended + 1, 0.99 * tenant.outputs + outputs
-        if not tenant.live and not tenant.service and not tenant.ended:
-            del self.tenants[tenant.name]
+
+    def expected_outputs(self, sequence: Sequence) -> float:
+        """Tokens that a sequence will have drawn at its end: what those of alike prompts had, drawn to what its tenant's had the more
+        of them there are, and at most `max_tokens`."""
+        tenant, prior = sequence.tenant, self.lengths.expected(sequence.num_prompt)
+        return min(sequence.max_tokens, (tenant.outputs + 10 * prior) / (tenant.ended + 10))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,10 @@ class Policy:
 
     def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
         """Ranks all anew; returns the moment after which they may be wrong again."""
+        return NEVER
+
+    def due(self, sequence: Sequence, now: float) -> float:
+        """When all have to be ranked anew because of a sequence that has come, has begun to run, or has begun to wait."""
         return NEVER
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:

@@ -1,0 +1,60 @@
+"""Our own: least work to an ending first, as far as one can tell, and never for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxllm.serving.policies.base import Book, Policy, Rank, check_positive
+
+if TYPE_CHECKING:
+    from jaxllm.serving.scheduler import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive(Policy):
+    """Ranks by arrival plus a handicap, in seconds: the work that is likely to be left.
+
+    The work is the part of its tokens that has to be computed (not what is cached) and Gittins's index of what it has drawn, both in
+    generated tokens (`Lengths.index`): what distinguishes short from long is learned from the requests that have ended. As everyone's
+    arrival stays where it is, whoever waits ages continuously, and nobody is overtaken by one that comes later than its handicap:
+    the handicap is at most `most_s`.
+    """
+
+    timed = preempts = True
+
+    prompt_weight: float = 0.1
+    "What a token that is not in the cache costs, in generated tokens."
+    reach: float = 2.0
+    "Work of so many mean outputs has the longest handicap; less, as much less of it."
+    shortness: float = 0.5
+    "0 is best for the mean time to completion, 1 for the mean of that time per token."
+    most_s: float = 60.0
+    "The longest handicap: who came so much earlier goes first, whatever it is."
+    margin_s: float = 5.0
+    "One takes another's place only if it ranks ahead by more than this."
+    review_s: float = 0.25
+    "All are compared anew so often."
+
+    def __post_init__(self) -> None:
+        check_positive(self, "prompt_weight", "reach", "review_s")
+        check_positive(self, "shortness", "most_s", "margin_s", zero=True)
+
+    def rank(self, sequence: Sequence, now: float) -> Rank:
+        return (sequence.arrived, sequence.arrival, sequence.number)
+
+    def due(self, sequence: Sequence, now: float) -> float:
+        return now if sequence.slot < 0 else now + self.review_s
+
+    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
+        index, most = book.lengths.indices(self.shortness), self.most_s
+        token_s = most / (self.reach * book.lengths.mean)
+        for queue in (running, waiting):
+            for s in queue:
+                work = self.prompt_weight * (s.num_tokens - s.num_computed) + index(s.num_tokens - s.num_prompt)
+                s.rank = (s.arrived + min(most, token_s * work), s.arrival, s.number)
+        return now + self.review_s
+
+    def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:
+        return waiting.rank[0] + self.margin_s < running.rank[0]
