@@ -56,7 +56,11 @@ class Trace:
 
     def first(self, n: int) -> Trace:
         """The first n requests."""
-        cut = lambda column: None if column is None else column[:n]
+        return self.part(0, n)
+
+    def part(self, start: int, n: int) -> Trace:
+        """n requests from the one of that number on."""
+        cut = lambda column: None if column is None else column[start : start + n]
         columns = ("arrivals", "prompts", "outputs", "blocks", "tenants", "priorities")
         return replace(self, **{name: cut(getattr(self, name)) for name in columns})
 

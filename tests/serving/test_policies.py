@@ -22,7 +22,7 @@ OPTIONS = {
     "sjf": dict(review_s=0.05),
     "srpt": dict(review_s=0.05, gain=1.0),
     "vtc": dict(review_s=0.05, weights={"1": 2.0}),
-    "adaptive": dict(review_s=0.05, margin_s=0.0, most_s=1.0),
+    "adaptive": dict(review_s=0.05, margin=0.0, most_s=1.0),
 }
 
 
@@ -136,7 +136,7 @@ def test_vtc_shares_between_tenants():
 
 def test_adaptive_bounds_how_long_one_is_overtaken():
     """However many short ones come, a request that came `most_s` before them goes first."""
-    options = dict(most_s=5.0, margin_s=0.0, review_s=0.05)
+    options = dict(most_s=5.0, margin=0.0, review_s=0.05)
     engine = FakeEngine(limits(max_num_seqs=1, max_num_batched_tokens=32, policy="adaptive", policy_options=options), 100)
     engine.add("long", [1] * 4, 25, 25)
     for k in range(400):
@@ -181,7 +181,7 @@ def test_refusals():
 @pytest.mark.parametrize("policy", ["mlfq", "adaptive", "vtc", "priority_preempt"])
 def test_an_engine_gives_the_same_tokens(policy, tmp_path):
     """In a pool for little more than one request, whoever gives way to whom; and the record's plans are derived again."""
-    options = {"mlfq": dict(first_quantum_s=1e-4, starvation_s=1e-3), "adaptive": dict(review_s=1e-3, margin_s=0.0, most_s=1.0)}
+    options = {"mlfq": dict(first_quantum_s=5e-3, growth=4.0, starvation_s=0.5), "adaptive": dict(review_s=1e-3, margin=0.0, most_s=1.0)}
     llm = LLM(
         MODELS / "llama_gqa",
         dtype="float32",

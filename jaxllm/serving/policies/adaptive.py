@@ -11,6 +11,8 @@ from jaxllm.serving.policies.base import Book, Policy, Rank, check_positive
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
 
+_FIRST_SERVICE_S = 1.0  # a guess, until requests have ended
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(Policy):
@@ -19,27 +21,31 @@ class Adaptive(Policy):
     The work is the part of its tokens that has to be computed (not what is cached) and Gittins's index of what it has drawn, both in
     generated tokens (`Lengths.index`): what distinguishes short from long is learned from the requests that have ended. As everyone's
     arrival stays where it is, whoever waits ages continuously, and nobody is overtaken by one that comes later than its handicap:
-    the handicap is at most `most_s`.
+    no handicap is longer than `patience` or `most_s` says.
     """
 
     timed = preempts = True
 
     prompt_weight: float = 0.1
     "What a token that is not in the cache costs, in generated tokens."
-    reach: float = 2.0
+    reach: float = 1.0
     "Work of so many mean outputs has the longest handicap; less, as much less of it."
-    shortness: float = 0.5
+    shortness: float = 0.75
     "0 is best for the mean time to completion, 1 for the mean of that time per token."
-    most_s: float = 60.0
-    "The longest handicap: who came so much earlier goes first, whatever it is."
-    margin_s: float = 5.0
-    "One takes another's place only if it ranks ahead by more than this."
+    patience: float = 3.5
+    "The longest handicap, in mean times that requests ran for: who came so much earlier goes first, whatever it is."
+    most_s: float | None = None
+    "The longest handicap in seconds, in place of that."
+    margin: float = 0.05
+    "One takes another's place only if it ranks ahead by more than this, in longest handicaps."
     review_s: float = 0.25
     "All are compared anew so often."
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_weight", "reach", "review_s")
-        check_positive(self, "shortness", "most_s", "margin_s", zero=True)
+        check_positive(self, "shortness", "patience", "margin", zero=True)
+        if self.most_s is not None:
+            check_positive(self, "most_s", zero=True)
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
         return (sequence.arrived, sequence.arrival, sequence.number)
@@ -49,12 +55,16 @@ class Adaptive(Policy):
 
     def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
         index, most = book.lengths.indices(self.shortness), self.most_s
+        if most is None:
+            most = self.patience * (book.service + _FIRST_SERVICE_S) / (book.ended + 1)
+        needed = self.margin * most
         token_s = most / (self.reach * book.lengths.mean)
         for queue in (running, waiting):
             for s in queue:
                 work = self.prompt_weight * (s.num_tokens - s.num_computed) + index(s.num_tokens - s.num_prompt)
                 s.rank = (s.arrived + min(most, token_s * work), s.arrival, s.number)
+                s.spent = needed
         return now + self.review_s
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:
-        return waiting.rank[0] + self.margin_s < running.rank[0]
+        return waiting.rank[0] + running.spent < running.rank[0]

@@ -58,6 +58,8 @@ class Book:
 
     tenants: dict[str, Tenant] = field(default_factory=dict)
     lengths: Lengths = field(default_factory=Lengths)
+    ended: float = 0.0  # sequences, the newer the more they count
+    service: float = 0.0  # seconds that those ran
 
     def join(self, name: str) -> Tenant:
         """A sequence of a tenant comes. One that was away has saved nothing up (VTC, algorithm 2: its counter is lifted)."""
@@ -75,6 +77,7 @@ class Book:
         tenant.live -= 1
         if outputs > 0:
             self.lengths.add(sequence.num_prompt, outputs)
+            self.ended, self.service = 0.999 * self.ended + 1, 0.999 * self.service + sequence.service
             tenant.ended, tenant.outputs = 0.99 * tenant.ended + 1, 0.99 * tenant.outputs + outputs
 
     def expected_outputs(self, sequence: Sequence) -> float:

@@ -57,12 +57,15 @@ class Mlfq(Policy):
 
     def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
         for s in running:
-            if s.service - s.spent >= self.quantum(s.level) - 1e-9 and s.level < self.levels - 1:
+            if s.level < self.levels - 1 and s.service - s.spent >= self.quantum(s.level) - 1e-9:
                 self._join(s, s.level + 1, now)
         for s in waiting:
             if s.level and now - s.turn >= self.starvation_s:
                 self._join(s, 0, now)
-        return min((self.due(s, now) for queue in (running, waiting) for s in queue), default=NEVER)
+        quanta, last = [self.quantum(level) for level in range(self.levels)], self.levels - 1
+        runs = [quanta[s.level] - s.service + s.spent for s in running if s.level < last]
+        waits = [s.turn for s in waiting if s.level]
+        return min(now + min(runs, default=NEVER), min(waits, default=NEVER) + self.starvation_s)
 
     def _join(self, s: Sequence, level: int, now: float) -> None:
         s.level, s.spent, s.rank = level, s.service, (level, now, s.arrival, s.number)
