@@ -5,7 +5,8 @@ import random
 
 import pytest
 from golden_cases import LENGTH, MODELS, generated, golden
-from test_scheduler import FakeEngine, limits, random_life, replay
+from hypothesis import settings
+from test_scheduler import FakeEngine, SchedulerMachine, limits, random_life, replay
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.errors import ConfigError, RequestError
@@ -26,7 +27,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("fcfs", "priority")])
+class PolicyMachine(SchedulerMachine):
+    """The scheduler's own machine, under the other policies."""
+
+    policies = {name: OPTIONS.get(name, {}) for name in POLICIES if name not in ("fcfs", "priority")}
+
+
+PolicyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestPolicies = PolicyMachine.TestCase
+
+
+@pytest.mark.parametrize("policy", PolicyMachine.policies)
 def test_random_lives(policy):
     """No request is lost or run twice, no page either, every plan is derived again, and all end."""
     preemptions = 0
@@ -181,7 +192,7 @@ def test_refusals():
 @pytest.mark.parametrize("policy", ["mlfq", "adaptive", "vtc", "priority_preempt"])
 def test_an_engine_gives_the_same_tokens(policy, tmp_path):
     """In a pool for little more than one request, whoever gives way to whom; and the record's plans are derived again."""
-    options = {"mlfq": dict(first_quantum_s=5e-3, growth=4.0, starvation_s=0.5), "adaptive": dict(review_s=1e-3, margin=0.0, most_s=1.0)}
+    options = {"mlfq": dict(first_quantum_s=0.05, starvation_s=5.0), "adaptive": dict(review_s=1e-3, margin=0.0, most_s=1.0)}
     llm = LLM(
         MODELS / "llama_gqa",
         dtype="float32",

@@ -244,9 +244,12 @@ def replay(engine: FakeEngine) -> FakeEngine:
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, end and are aborted at any moment, with a step in flight or none."""
 
+    policies: dict[str, dict] = {"fcfs": {}, "priority": {}}  # and their constants
+
     @initialize(data=st.data())
     def start(self, data):
         draw = lambda *range: data.draw(st.integers(*range))
+        policy = data.draw(st.sampled_from(list(self.policies)))
         page_size, max_model_len, max_num_seqs = draw(1, 5), draw(4, 30), draw(1, 5)
         self.limits = SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -254,7 +257,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=max_model_len,
             page_size=page_size,
             recompute_beyond=data.draw(st.none() | st.integers(1, 20)),
-            policy=data.draw(st.sampled_from(["fcfs", "priority"])),
+            policy=policy,
+            policy_options=self.policies[policy],
         )
         one = -(-max_model_len // page_size)  # the pool holds the longest request, and little more
         shares_pages = self.limits.recompute_beyond is None and data.draw(st.booleans())
@@ -268,10 +272,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_prompt = data.draw(st.integers(1, self.limits.max_model_len - 1))
         max_tokens = data.draw(st.integers(1, self.limits.max_model_len - num_prompt))
         stop_at = data.draw(st.integers(1, max_tokens))
-        priority = data.draw(st.integers(-1, 1)) if self.limits.policy == "priority" else 0
+        priority = data.draw(st.integers(-1, 1)) if self.limits.policy.startswith("priority") else 0
         if name := self.free_name():
             alike = data.draw(st.integers(0, num_prompt))
-            self.engine.add(name, prompt_of(num_prompt, alike, len(self.engine.log)), max_tokens, stop_at, priority)
+            tenant = str(len(self.engine.log) % 3)
+            self.engine.add(name, prompt_of(num_prompt, alike, len(self.engine.log)), max_tokens, stop_at, priority, tenant)
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data(), times=st.integers(1, 3))

@@ -120,7 +120,7 @@ def test_one_request_by_hand():
 
 
 def test_steps_at_once_are_steps_one_by_one():
-    trace = workload(120, rate=0.6, burst_factor=4.0)
+    trace = workload(60, rate=0.6, burst_factor=4.0)
     for policy in ("fcfs", "priority"):
         fast, slow = run(trace, policy), run(trace, policy, at_once=False)
         assert fast.steps == slow.steps and fast.preemptions == slow.preemptions
