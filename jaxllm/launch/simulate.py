@@ -102,7 +102,8 @@ def _simulate(config: Config) -> dict[str, Any]:
     limits = dict(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens, page_size=config.page_size)
     slo = Slo(config.slo_ttft_s, config.slo_tpot_s)
     names = [name.strip() for name in config.policy.split(",")]
-    settings = {name: limits_of(cost, policy=name, options=config.policy_options, **limits) for name in names}
+    options = {name: int(value) if value.is_integer() else value for name, value in config.policy_options.items()}
+    settings = {name: limits_of(cost, policy=name, options=options, **limits) for name in names}
     longest = min(cost.max_model_len, cost.kv_tokens // config.page_size * config.page_size)
     if config.trace is not None:
         trace, left_out = read_trace(config.trace).fitting(longest)

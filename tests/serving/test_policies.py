@@ -41,12 +41,12 @@ TestPolicies = PolicyMachine.TestCase
 def test_random_lives(policy):
     """No request is lost or run twice, no page either, every plan is derived again, and all end."""
     preemptions = 0
-    for seed in range(100):
+    for seed in range(40):
         engine = random_life(seed, policy, **OPTIONS.get(policy, {}))
         preemptions += engine.scheduler.num_preemptions
         if seed % 10 == 0:
             assert replay(engine).plans == engine.plans
-    assert preemptions > 30
+    assert preemptions > 10
 
 
 @pytest.mark.parametrize("policy", POLICIES)

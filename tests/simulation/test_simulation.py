@@ -161,6 +161,7 @@ def test_the_command(tmp_path, capfd):
     assert {"mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_ttft_s", "p50_itl_s", "p95_tpot_s"} < set(policies["fcfs"])
     for wrong in ([], ["--workload", "alpaca", "--trace", "a.csv"], ["--workload", "alpaca", "--policy", "fifo"], ["--workload", "lisp"]):
         assert main(["simulate", *wrong]) == 2
+    assert main([*flags[:5], "--policy", "mlfq", "--policy-options.levels", "4", "--policy-options.starvation-s", "0.5"]) == 0
     profile = tmp_path / "profile.json"
     profile.write_text(json.dumps(dict(step_s=0.01, token_s=1e-4, kv_tokens=4096, kv_token_bytes=1000)), encoding="utf-8")
     assert main(["simulate", "--workload", "alpaca", "--num-requests", "9", "--machine", str(profile)]) == 0

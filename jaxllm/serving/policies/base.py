@@ -19,6 +19,7 @@ Rank = tuple[float, ...]
 
 by_rank = attrgetter("rank")
 NEVER = float("inf")
+_MOST_TENANTS = 10_000  # those with nothing to do are forgotten when there are more
 
 
 class Ranked(list):
@@ -65,6 +66,8 @@ class Book:
         """A sequence of a tenant comes. One that was away has saved nothing up (VTC, algorithm 2: its counter is lifted)."""
         tenant = self.tenants.get(name)
         if tenant is None:
+            if len(self.tenants) >= _MOST_TENANTS:
+                self.tenants = {name: tenant for name, tenant in self.tenants.items() if tenant.live}
             tenant = self.tenants[name] = Tenant(name)
         if not tenant.live:
             tenant.service = max(tenant.service, min((t.service for t in self.tenants.values() if t.live), default=0.0))
