@@ -28,14 +28,16 @@ class Adaptive(Policy):
 
     prompt_weight: float = 0.1
     "What a token that is not in the cache costs, in generated tokens."
-    reach: float = 1.0
-    "Work of so many mean outputs has the longest handicap; less, as much less of it."
+    reach: float = 2.0
+    "The work of so many mean requests has the longest handicap; less, as much less of it."
     shortness: float = 0.75
     "0 is best for the mean time to completion, 1 for the mean of that time per token."
     patience: float = 3.5
     "The longest handicap, in mean times that requests ran for: who came so much earlier goes first, whatever it is."
+    backlog: float = 0.4
+    "But at least so much of the time that the one who came first of those who wait has been here: what is little under overload."
     most_s: float | None = None
-    "The longest handicap in seconds, in place of that."
+    "The longest handicap in seconds, in place of all that."
     margin: float = 0.05
     "One takes another's place only if it ranks ahead by more than this, in longest handicaps."
     review_s: float = 0.25
@@ -43,7 +45,7 @@ class Adaptive(Policy):
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_weight", "reach", "review_s")
-        check_positive(self, "shortness", "patience", "margin", zero=True)
+        check_positive(self, "shortness", "patience", "backlog", "margin", zero=True)
         if self.most_s is not None:
             check_positive(self, "most_s", zero=True)
 
@@ -56,9 +58,10 @@ class Adaptive(Policy):
     def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
         index, most = book.lengths.indices(self.shortness), self.most_s
         if most is None:
-            most = self.patience * (book.service + _FIRST_SERVICE_S) / (book.ended + 1)
+            longest_wait = now - min((s.arrived for s in waiting), default=now)
+            most = max(self.patience * (book.service + _FIRST_SERVICE_S) / (book.ended + 1), self.backlog * longest_wait)
         needed = self.margin * most
-        token_s = most / (self.reach * book.lengths.mean)
+        token_s = most / (self.reach * (book.lengths.mean + self.prompt_weight * book.prompts / (book.ended + 1)))
         for queue in (running, waiting):
             for s in queue:
                 work = self.prompt_weight * (s.num_tokens - s.num_computed) + index(s.num_tokens - s.num_prompt)

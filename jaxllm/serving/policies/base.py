@@ -61,6 +61,7 @@ class Book:
     lengths: Lengths = field(default_factory=Lengths)
     ended: float = 0.0  # sequences, the newer the more they count
     service: float = 0.0  # seconds that those ran
+    prompts: float = 0.0  # tokens of theirs
 
     def join(self, name: str) -> Tenant:
         """A sequence of a tenant comes. One that was away has saved nothing up (VTC, algorithm 2: its counter is lifted)."""
@@ -81,6 +82,7 @@ class Book:
         if outputs > 0:
             self.lengths.add(sequence.num_prompt, outputs)
             self.ended, self.service = 0.999 * self.ended + 1, 0.999 * self.service + sequence.service
+            self.prompts = 0.999 * self.prompts + sequence.num_prompt
             tenant.ended, tenant.outputs = 0.99 * tenant.ended + 1, 0.99 * tenant.outputs + outputs
 
     def expected_outputs(self, sequence: Sequence) -> float:
