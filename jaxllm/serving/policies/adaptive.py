@@ -28,7 +28,7 @@ class Adaptive(Policy):
 
     prompt_weight: float = 0.1
     "What a token that is not in the cache costs, in generated tokens."
-    reach: float = 2.0
+    reach: float = 1.0
     "The work of so many mean requests has the longest handicap; less, as much less of it."
     shortness: float = 0.75
     "0 is best for the mean time to completion, 1 for the mean of that time per token."
