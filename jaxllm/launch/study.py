@@ -55,7 +55,7 @@ class Config(Command):
 
 def run(config: Config) -> dict[str, Any]:
     from jaxllm.simulation import Arrivals, cost_model, draw_workload, read_trace
-    from jaxllm.simulation.study import judge, study
+    from jaxllm.simulation.study import ORACLE, judge, study
 
     policies = [name.strip() for name in config.policy.split(",")]
     opt, llama = cost_model("opt-13b/a100"), cost_model("llama-8b/h100")
@@ -75,6 +75,8 @@ def run(config: Config) -> dict[str, Any]:
             ratios = [case.ratio(name, figure) for figure in ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_ttft_s")]
             print(f"  {name:10} JCT {ratios[0]:6.3f}  P99 JCT {ratios[1]:6.3f}  normalized {ratios[2]:6.3f}  P99 TTFT {ratios[3]:6.3f}")
         judged = judge(case) if "adaptive" in policies else {}
+        if judged and ORACLE in policies:
+            print(f"  adaptive: mean JCT {case.ratio('adaptive', 'mean_jct_s', to=ORACLE):.3f} times that of {ORACLE}")
         for name, (value, good) in judged.items():
             counts = met.setdefault(name, [0, 0])
             counts[0] += good

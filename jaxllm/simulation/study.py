@@ -79,6 +79,4 @@ def judge(case: Case, policy: str = "adaptive") -> dict[str, tuple[float, bool]]
     if case.load >= 1.0:
         normalized = 1 / case.ratio(policy, "mean_normalized_latency_s")
         result["fcfs_normalized_by_it"] = (normalized, normalized >= 2)
-    if ORACLE in case.figures:
-        result["jct_by_oracle"] = (case.ratio(policy, "mean_jct_s", to=ORACLE), True)
     return result
