@@ -33,7 +33,8 @@ COMMANDS = {
     "compile": ("jaxllm.launch.compile", "Compile every program of an engine and write them to a folder, to start from."),
     "plan": ("jaxllm.launch.plan", "Tell whether a model fits TPUs or GPUs that are not here, and how fast they could serve it."),
     "kernels": ("jaxllm.launch.kernels", "Compile the attention kernels for chips that are not here, and list what compiles."),
-    "simulate": ("jaxllm.launch.simulate", "Run the scheduler without a device: derive a recorded run's plans again."),
+    "simulate": ("jaxllm.launch.simulate", "Run the scheduler without a device: serve a trace, or derive a recorded run's plans again."),
+    "study": ("jaxllm.launch.study", "Compare scheduling policies over workloads, batch sizes and loads, without a device."),
     "train": ("jaxllm.launch.train", "Fine-tune a model, all of it or an adapter."),
     "doctor": ("jaxllm.launch.doctor", "Show versions, devices, memory, caches and settings, and check that the device computes."),
 }

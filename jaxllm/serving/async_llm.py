@@ -15,7 +15,7 @@ from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine, get_tokenizer
 from jaxllm.serving.executables import bundle_settings
 from jaxllm.serving.logits import LogitsProcessor
-from jaxllm.serving.prompt import Prompt, read_prompt, read_salt
+from jaxllm.serving.prompt import Prompt, read_labels, read_prompt
 from jaxllm.serving.request import RequestOutput, SamplingParams
 from jaxllm.serving.structured import Matcher
 from jaxllm.tokenizers import Tokenizer
@@ -91,13 +91,13 @@ class AsyncLLM:
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         text, ids = read_prompt(prompt, params, self.engine)
-        salt = read_salt(prompt)
+        labels = read_labels(prompt)
         matcher = None if params.structured_outputs is None else await asyncio.to_thread(self.engine.matcher, params)
         request_id = f"async-{next(self._numbers)}" if request_id is None else request_id
         await self._take_place()
         stream = _Stream()
         try:
-            added = self._post(lambda: self._add(request_id, ids, params, text, salt, matcher, stream))
+            added = self._post(lambda: self._add(request_id, ids, params, text, labels, matcher, stream))
             await asyncio.wrap_future(added)
             output = None
             while output is None or not output.finished:
@@ -165,8 +165,8 @@ class AsyncLLM:
                 self._wake.notify()
         return done
 
-    def _add(self, request_id: str, ids, params, text: str | None, salt: str | None, matcher: Matcher | None, stream: _Stream) -> None:
-        self.engine.add_request(ids, params, prompt=text, request_id=request_id, cache_salt=salt, matcher=matcher)
+    def _add(self, request_id: str, ids, params, text: str | None, labels: dict[str, str], matcher: Matcher | None, stream: _Stream) -> None:
+        self.engine.add_request(ids, params, prompt=text, request_id=request_id, matcher=matcher, **labels)
         self._streams[request_id] = stream
 
     def _abort(self, request_id: str, stream: _Stream) -> None:

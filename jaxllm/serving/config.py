@@ -1,10 +1,10 @@
 """What an engine is told."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from jaxllm.errors import ConfigError
-from jaxllm.serving.policies import POLICIES, Policy
+from jaxllm.serving.policies import POLICIES, make_policy
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
@@ -35,7 +35,8 @@ class EngineConfig:
       warmup: compile every program at start; without it each is compiled when it is first needed.
       warmup_in_background: be ready as soon as the programs are there that can run any step, and compile the rest meanwhile: a step
         may take a larger shape than its own then. None: where that changes no bit of what is generated (float32 on the CPU).
-      scheduling_policy: `fcfs`: first come, first served; `priority`: the lowest `priority` first, then by arrival.
+      scheduling_policy: who runs first, and who gives way: `fcfs`, `priority`, ... (docs/scheduling.md).
+      scheduling_policy_options: constants of the policy, by name.
       enable_prefix_caching: share the KV cache's pages among requests that begin alike, and keep them for later ones.
       max_logprobs: the most likely tokens that a request may ask the log-probabilities of (`logprobs`, `prompt_logprobs`).
       seed: makes the random numbers of requests that bring no seed of their own reproducible.
@@ -63,7 +64,8 @@ class EngineConfig:
     scan_layers: bool | None = None
     warmup: bool = True
     warmup_in_background: bool | None = None
-    scheduling_policy: Policy = "fcfs"
+    scheduling_policy: str = "fcfs"
+    scheduling_policy_options: dict[str, Any] = field(default_factory=dict)
     enable_prefix_caching: bool = True
     max_logprobs: int = 20
     seed: int = 0
@@ -82,6 +84,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be {' or '.join(get_args(kind))}, not {getattr(self, name)!r}")
         if self.scheduling_policy not in POLICIES:
             raise ConfigError(f"scheduling_policy must be {' or '.join(POLICIES)}, not {self.scheduling_policy!r}")
+        make_policy(self.scheduling_policy, self.scheduling_policy_options)
         for name in (
             "tensor_parallel_size",
             "max_model_len",

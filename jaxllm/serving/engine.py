@@ -91,11 +91,13 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        tenant: str = "",
         matcher: Matcher | None = None,
     ) -> str:
         """Queues a request and returns its id. Raises RequestError if it cannot be served.
 
-        It shares the KV cache with requests of the same `cache_salt` only. `matcher`: what `matcher(params)` has made, which takes time.
+        It shares the KV cache with requests of the same `cache_salt` only. `tenant`: whom it is for; policies may share out by it.
+        `matcher`: what `matcher(params)` has made, which takes time.
         """
         ids = check_prompt(prompt_token_ids, params, vocab_size=self.vocab_size, max_model_len=self.limits.max_model_len)
         check_params(
@@ -122,6 +124,7 @@ class Engine:
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(ids),
             salt=salt_name(cache_salt),
             matcher=self.matcher(params) if matcher is None else matcher,
+            tenant=tenant,
         )
         seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, number)
         shares = self._shares_pages and params.prompt_logprobs is None  # those need every token of the prompt computed
@@ -154,7 +157,7 @@ class Engine:
         if params.logprobs is not None:
             completion.logprobs, completion.cumulative_logprob = [], 0.0
         check_slot(completion, self.vocab_size)
-        options = dict(num_outputs=num_outputs, priority=params.priority, **fork)
+        options = dict(num_outputs=num_outputs, priority=params.priority, tenant=request.tenant, now=time.monotonic(), **fork)
         self.scheduler.add(number, len(request.prompt_token_ids), max_tokens, names or (), **options)
         self._num_completions += 1
         self._completions[number] = completion
@@ -183,7 +186,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Starts the next step, then reads the one before it; returns the requests that have something new."""
         start, outputs = time.perf_counter(), []
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(time.monotonic())
         if plan.scheduled:
             prepared = self.runner.prepare(plan, self._completions)
             self._note(plan)

@@ -66,6 +66,10 @@ class PagePool:
         """The pages that hold the longest known beginning of `names`."""
         return [self._page[name] for name in takewhile(self._page.__contains__, names)]
 
+    def num_used(self, names: list[bytes]) -> int:
+        """How many of the pages that `find` gives are in use."""
+        return sum(self._users[page] > 0 for page in self.find(names))
+
     def share(self, pages: list[int]) -> None:
         """One user more of each page that `find` gave."""
         for page in pages:

@@ -11,7 +11,7 @@ from jaxllm.serving.engine import Engine, get_tokenizer
 from jaxllm.serving.executables import bundle_settings
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.progress import ProgressLine
-from jaxllm.serving.prompt import Prompt, read_prompt, read_salt
+from jaxllm.serving.prompt import Prompt, read_labels, read_prompt
 from jaxllm.serving.request import RequestOutput, SamplingParams
 from jaxllm.tokenizers import Tokenizer
 
@@ -56,8 +56,8 @@ class LLM:
         standard error how many are done, if that is a terminal.
 
         A prompt is a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`; a dict may have a `cache_salt` too: the prompt
-        then shares the KV cache with those of the same salt only. One SamplingParams serves all, or each has its
-        own. Raises RequestError, before anything has run, if any of them is wrong.
+        then shares the KV cache with those of the same salt only; and a `tenant`, for policies that share out by it. One
+        SamplingParams serves all, or each has its own. Raises RequestError, before anything has run, if any of them is wrong.
         """
         prompts = [prompts] if isinstance(prompts, (str, dict)) else _as_list(prompts, "prompts must be a prompt or a list of them")
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -149,7 +149,7 @@ class LLM:
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         text, ids = read_prompt(prompt, params, self.engine)
-        request_id = self.engine.add_request(ids, params, prompt=text, cache_salt=read_salt(prompt))
+        request_id = self.engine.add_request(ids, params, prompt=text, **read_labels(prompt))
         self._news[request_id] = None
         return request_id
 

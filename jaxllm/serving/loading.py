@@ -87,6 +87,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         page_size=page_size,
         recompute_beyond=longrope[0] if longrope else None,
         policy=config.scheduling_policy,
+        policy_options=config.scheduling_policy_options,
     )
     runner = Runner(
         model,

@@ -8,27 +8,30 @@ from jaxllm.serving.engine import Engine, get_tokenizer
 from jaxllm.serving.request import SamplingParams
 
 Prompt = str | dict[str, Any]
-_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+_LABELS = ("cache_salt", "tenant")
+_KEYS = {"prompt", "prompt_token_ids", *_LABELS}
 
 
-def read_salt(prompt: Prompt) -> str | None:
-    """What `{..., "cache_salt": str}` says: with whom a prompt shares the KV cache. Raises RequestError."""
-    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
-    if salt is not None and (not isinstance(salt, str) or not salt):
-        raise RequestError(f"cache_salt must be a string that is not empty, not {salt!r:.100}")
-    return salt
+def read_labels(prompt: Prompt) -> dict[str, str]:
+    """What a dict says beside the prompt: `cache_salt`, with whom it shares the KV cache, and `tenant`, whom it is for. Raises
+    RequestError."""
+    labels = {name: prompt[name] for name in _LABELS if prompt.get(name) is not None} if isinstance(prompt, dict) else {}
+    for name, label in labels.items():
+        if not isinstance(label, str) or not label:
+            raise RequestError(f"{name} must be a string that is not empty, not {label!r:.100}")
+    return labels
 
 
 def read_prompt(prompt: Prompt, params: SamplingParams, engine: Engine) -> tuple[str | None, Sequence[int]]:
     """Text and token ids of a prompt: a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`. Raises RequestError.
 
-    A dict may have a `cache_salt` too, which `read_salt` reads.
+    A dict may have a `cache_salt` and a `tenant` too, which `read_labels` reads.
     """
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
     if isinstance(prompt, str):
         prompt = {"prompt": prompt}
-    if not isinstance(prompt, dict) or not set(prompt) <= _KEYS or not set(prompt) - {"cache_salt"}:
+    if not isinstance(prompt, dict) or not set(prompt) <= _KEYS or not set(prompt) - set(_LABELS):
         raise RequestError(f"a prompt is a string, {{'prompt': ...}} or {{'prompt_token_ids': [...]}}, not {prompt!r:.200}")
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if text is not None and not isinstance(text, str):

@@ -1,9 +1,10 @@
 """Records of what a scheduler was told and what it planned, and their replay.
 
 A record is JSON lines. The first is a header: the format's version, the SchedulerConfig, the number of pages. Each other one is
-a call, in order: `["add", ...]`, `["finish", id]`, `["retire", id]`, `["name_pages", id, names]`, `["reset"]`,
-`["complete", plan number]`, and `["plan", scheduled, copies]` for each plan made. The scheduler being pure, the same calls give
-the same plans: whatever happened in production can be looked at again, and a change to the scheduler held against it.
+a call, in order: `["add", ...]`, `["finish", id]`, `["retire", id]`, `["name_pages", id, names]`, `["reset"]`, `["complete",
+plan number]`, and `["plan", scheduled, copies, now]` for each plan made (`now`: the moment, in seconds). The scheduler being
+pure, the same calls give the same plans: whatever happened in production can be looked at again, and a change to the scheduler
+held against it.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jaxllm.errors import ConfigError, JaxLLMError, RequestError
 from jaxllm.serving.kv_cache import PagePool
 from jaxllm.serving.scheduler import Scheduler, SchedulerConfig, StepPlan
 
-VERSION = 1
+VERSION = 2
 
 
 class ReplayError(JaxLLMError):
@@ -31,7 +32,7 @@ class PlanWriter:
     def __init__(self):
         self._pages: dict[int, tuple[int, ...]] = {}
 
-    def write(self, plan: StepPlan) -> list[Any]:
+    def write(self, plan: StepPlan, now: float) -> list[Any]:
         rows = []
         for s in plan.scheduled:
             before = self._pages.get(s.sequence.id, ())
@@ -41,7 +42,7 @@ class PlanWriter:
             self._pages[s.sequence.id] = s.pages
             row = [s.sequence.id, s.sequence.slot, s.start, s.count, int(s.samples), s.num_tokens, int(s.admitted), kept]
             rows.append([*row, list(s.pages[kept:])])
-        return ["plan", rows, [list(pair) for pair in plan.copies]]
+        return ["plan", rows, [list(pair) for pair in plan.copies], now]
 
     def forget(self, id: int) -> None:
         self._pages.pop(id, None)
@@ -87,9 +88,9 @@ class RecordingScheduler(Scheduler):
         self._write(["complete", number])
         super().complete(plan)
 
-    def schedule(self) -> StepPlan:
-        plan = super().schedule()
-        self._write(self._writer.write(plan))
+    def schedule(self, now: float = 0.0) -> StepPlan:
+        plan = super().schedule(now)
+        self._write(self._writer.write(plan, now))
         if plan.scheduled:
             self._open[self._num_plans] = plan
         else:
@@ -183,9 +184,9 @@ class _Replay:
             raise ValueError(f"there is no call {name!r}")
 
     def _plan(self, recorded: list[Any]) -> None:
-        _, rows, copies = recorded
-        plan = self._scheduler.schedule()
-        _, ours, our_copies = self._writer.write(plan)
+        _, rows, copies, now = recorded
+        plan = self._scheduler.schedule(now)
+        _, ours, our_copies, _ = self._writer.write(plan, now)
         for i in range(max(len(rows), len(ours))):
             then, now = (x[i] if i < len(x) else None for x in (rows, ours))
             if then != now:

@@ -115,6 +115,7 @@ class Request:
     beams: "BeamSearch | None" = None
     matcher: "Matcher | None" = None  # at the beginning of its structured output
     salt: bytes = b""  # its pages are shared with requests of the same salt only
+    tenant: str = ""
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
 

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,8 @@ class Runner:
             slots=make_slots(limits.max_num_seqs, limits.max_model_len, model.config.vocab_size, mesh),
         )
         way = WholeStep if model.scanned else LayerByLayer
-        made_from = (model.config, limits, num_pages, dtype, rules, one_row, max_logprobs, model.scanned, kv_dtype, attention_backend)
+        shapes = replace(limits, policy="fcfs", policy_options={})  # programs do not depend on who runs first
+        made_from = (model.config, shapes, num_pages, dtype, rules, one_row, max_logprobs, model.scanned, kv_dtype, attention_backend)
         # What a caller's own functions do is not to be known by name.
         if bundle is not None and self.processors:
             raise ConfigError(f"the bundle {bundle} has no programs with logits_processors in them: leave out one or the other")

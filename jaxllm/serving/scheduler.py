@@ -7,6 +7,11 @@ moment that they are planned; `complete` says what became of them.
 Every step serves running sequences first, in the order of their ranks (`policies`), then admits waiting ones while there are
 tokens in the budget, places and pages; long prompts are computed in chunks (Agrawal et al., arXiv 2308.16369). When pages run
 out, the sequence of the last rank gives up its pages and waits to be computed again: the first always advances, so all end.
+Pages that it has filled stay in the prefix cache until others need the room, so that what waits and what is cached are one thing.
+
+Ranks of some policies change with time, which comes in as an argument, and some let a waiting sequence take the place of one that
+runs: of the last ranks, no more of them than make room for it, and none before it has drawn a token since it was admitted, so
+that every turn brings all nearer to their ends (`preemption.py`).
 
 A fork begins with tokens of another sequence, its source (Kwon et al., arXiv 2309.06180, section 4.4): it shares the pages
 that those fill, and gets a copy of the page that they fill in part, made by the runner before the step that first writes to it.
@@ -16,11 +21,12 @@ forks have them, unless others need the room: then the forks compute everything 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxllm.errors import RequestError
 from jaxllm.serving.kv_cache import PagePool
-from jaxllm.serving.policies import POLICIES, Policy, Rank, Ranked
+from jaxllm.serving.policies import NEVER, Book, Rank, Ranked, Tenant, make_policy
+from jaxllm.serving.preemption import find_victims
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class SchedulerConfig:
     max_model_len: int
     page_size: int
     recompute_beyond: int | None = None
-    policy: Policy = "fcfs"
+    policy: str = "fcfs"
+    policy_options: dict[str, Any] = field(default_factory=dict)  # constants of the policy, by name
 
 
 @dataclass(eq=False, slots=True)
@@ -43,8 +50,12 @@ class Sequence:
     id: int
     num_prompt: int
     max_tokens: int
-    rank: Rank
-    arrival: int  # of its request
+    arrival: int  # of its request: how many sequences had come
+    number: int  # its own, likewise
+    priority: int
+    tenant: Tenant
+    arrived: float  # seconds, by the clock of `schedule`'s callers
+    rank: Rank = ()
     num_tokens: int = 0  # prompt and outputs, those in flight included
     num_computed: int = 0  # whose keys and values are in the cache when the planned steps have run
     in_flight: int = 0  # sampled tokens that have not been read back
@@ -62,6 +73,11 @@ class Sequence:
     common: int = 0
     num_forks: int = 0  # whose source it is
     parked: list["Sequence"] = field(default_factory=list)  # those of them that it has not computed enough for
+    num_known: int = 0  # of its tokens, those that it had when it was last admitted
+    service: float = 0.0  # seconds that it has run
+    turn: float = 0.0  # seconds at which it last began to run, or to wait
+    level: int = 0  # what a policy remembers
+    spent: float = 0.0  # likewise
 
 
 class ScheduledSequence(NamedTuple):
@@ -91,7 +107,12 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: PagePool):
         self.config, self.pool = config, pool
         self.waiting, self.running = Ranked(), Ranked()
-        self._rank = POLICIES[config.policy]
+        self.policy = make_policy(config.policy, config.policy_options)
+        self.book = Book()
+        self._now = 0.0  # when the last plan was made
+        self._served: list[Sequence] = []  # by it
+        self.next_review = 0.0 if self.policy.timed else NEVER  # seconds
+        self._unsettled = False  # something has come, ended or been ranked anew since it was last asked who may take whose place
         self._by_id: dict[int, Sequence] = {}
         self._kept: dict[Sequence, None] = {}  # that run no more and hold pages for forks, the oldest first
         self._unparked: list[Sequence] = []  # by this plan, so for the next
@@ -118,8 +139,9 @@ class Scheduler:
                 f"{total} tokens need {need} pages of the KV cache and it has {self.pool.capacity}: "
                 "raise num_pages or kv_cache_memory_bytes"
             )
-        if priority and self.config.policy == "fcfs":
-            raise RequestError(f"priority={priority} means nothing with scheduling_policy='fcfs': leave it out, or use 'priority'")
+        if priority and not self.policy.uses_priority:
+            name = self.config.policy
+            raise RequestError(f"priority={priority} means nothing with scheduling_policy={name!r}: leave it out, or use 'priority'")
 
     def add(
         self,
@@ -132,11 +154,14 @@ class Scheduler:
         priority: int = 0,
         fork_of: int | None = None,
         common: int = 0,
+        tenant: str = "",
+        now: float = 0.0,
     ) -> None:
         """A new sequence of `num_prompt` tokens that will have at most `max_tokens` more, of which it has `num_outputs` already.
 
         `page_names` (`kv_cache.page_names`) let it share pages with those that begin alike. `fork_of`: it begins with the first
-        `common` tokens of that sequence, if there is such a one. Raises RequestError if it can never run.
+        `common` tokens of that sequence, if there is such a one. `tenant`: whom it is for; `now`: the moment,
+        in seconds. Raises RequestError if it can never run.
         """
         self.check(num_prompt, max_tokens, priority)
         assert id not in self._by_id and 0 <= num_outputs < max_tokens
@@ -144,7 +169,14 @@ class Scheduler:
         source = self._by_id.get(fork_of)
         arrival = self._num_added if source is None else source.arrival
         num_tokens, limit = num_prompt + num_outputs, self.config.recompute_beyond
-        sequence = Sequence(id, num_prompt, max_tokens, self._rank(priority, arrival, self._num_added), arrival, num_tokens)
+        arrived = now if source is None else source.arrived
+        member = self.book.join(tenant)
+        sequence = Sequence(
+            id, num_prompt, max_tokens, arrival, self._num_added, priority, member, arrived, num_tokens=num_tokens, turn=now
+        )
+        sequence.rank = self.policy.rank(sequence, now)
+        self.next_review = min(self.next_review, self.policy.due(sequence, now))
+        self._unsettled = True
         sequence.outgrown = limit is not None and num_tokens > limit
         sequence.page_names += page_names
         self._by_id[id] = sequence
@@ -163,6 +195,7 @@ class Scheduler:
             return
         self._stop(sequence)
         sequence.ended = True
+        self.book.leave(sequence, sequence.num_tokens - sequence.num_prompt - sequence.in_flight)
         self._leave_source(sequence)
         if not sequence.num_forks:
             self._drop(sequence)
@@ -198,24 +231,37 @@ class Scheduler:
         empty = sum(len(s.pages) * size - s.num_computed for held in (self.running, self._kept) for s in held)
         return (self.pool.capacity - self.pool.num_free) * size, empty
 
-    def schedule(self) -> StepPlan:
-        """Plans the next step; empty when nothing can run before an earlier step is read."""
+    def schedule(self, now: float = 0.0) -> StepPlan:
+        """Plans the next step; empty when nothing can run before an earlier step is read. `now`: the moment, in seconds, never an
+        earlier one than before."""
+        timed = self.policy.timed
+        if timed:
+            self._review(now)
+        if self._unsettled and self.policy.preempts:
+            for sequence in find_victims(self, now):
+                self._preempt(sequence)
+        self._unsettled, self._now = False, now
         budget = self.config.max_num_batched_tokens
         scheduled: list[ScheduledSequence] = []
         copies: list[tuple[int, int]] = []
         preempted = False
         i = 0
         size, recompute = self.config.page_size, self.config.recompute_beyond is not None
-        while i < len(self.running) and budget > 0:
-            sequence = self.running[i]
+        running = self.running
+        # A prompt of a good rank would take all tokens of a step. None of its chunks throws others out: its pages are promised (unless
+        # it is computed anew while it runs).
+        if timed and not recompute and any(s.num_tokens - s.num_computed > 1 for s in running):
+            running = sorted(running, key=_has_many_pending)
+        while i < len(running) and budget > 0:
+            sequence = running[i]
             i += 1
             if recompute:
                 self._recompute_if_outgrown(sequence)
             if (count := self._num_ready(sequence)) > budget:
                 count = budget
-            if count == 0:
+            if count == 0 or sequence.slot < 0:
                 continue
-            while sequence.num_computed + count > size * len(sequence.pages) and not self._reserve(sequence, sequence.num_computed + count):
+            while sequence.num_computed + count > size * len(sequence.pages) and not self.reserve(sequence, sequence.num_computed + count):
                 preempted = True
                 self._preempt(self.running[-1])
                 if sequence.slot < 0:
@@ -232,9 +278,10 @@ class Scheduler:
             if recompute:
                 self._recompute_if_outgrown(sequence)  # it may have grown past the limit in the step that it was thrown out of
             copy_from = self._find_computed(sequence)
-            count = min(self._num_ready(sequence), budget)
+            # The device knows a token that is in flight by its slot; who gave way in this plan has lost it.
+            count = 0 if sequence.in_flight else min(self._num_ready(sequence), budget)
             # Room for all of it, not only its first chunk: else it is thrown out half computed, and computed again, many times.
-            if count == 0 or not self._reserve(sequence, sequence.num_computed + count, then=sequence.num_tokens):
+            if count == 0 or not self.reserve(sequence, sequence.num_computed + count, then=sequence.num_tokens):
                 self._let_go(sequence)
                 break
             if copy_from is not None:
@@ -242,18 +289,49 @@ class Scheduler:
             self.waiting.pop(0)
             self._leave_source(sequence)
             sequence.slot = self._free_slots.pop()
+            sequence.num_known, sequence.turn = sequence.num_tokens, now
             self.running.add(sequence)
+            if timed:
+                self.next_review = min(self.next_review, self.policy.due(sequence, now))
             scheduled.append(self._plan(sequence, count, admitted=True))
             budget -= count
         for sequence in self._unparked:
             self.waiting.add(sequence)
         self._unparked.clear()
         self._starts.clear()
+        if timed:
+            self._served = [s.sequence for s in scheduled]
         num_tokens = num_decode = self.config.max_num_batched_tokens - budget
         if num_tokens > len(scheduled):
             scheduled.sort(key=lambda s: s.count > 1)
             num_decode = sum(s.count == 1 for s in scheduled)
         return StepPlan(tuple(scheduled), num_decode, num_tokens, tuple(copies))
+
+    @property
+    def num_unpromised(self) -> int:
+        """Pages that nobody uses or is promised."""
+        return self.pool.num_free - self._promised
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next plan decides as the last did, as long as nothing comes, ends or runs out, and no review is due."""
+        return not (self._unsettled or self._kept or any(s.in_flight for s in self.waiting[:1]) or any(s.num_forks for s in self.running))
+
+    def num_in_use(self, waiting: Sequence) -> int:
+        """Pages that a waiting sequence begins with and that others use: it needs no more room for them."""
+        return self.pool.num_used(waiting.page_names[: (waiting.num_tokens - 1) // self.config.page_size])
+
+    def _review(self, now: float) -> None:
+        """Counts what the last plan has served, and ranks anew if it is time to."""
+        elapsed = now - self._now
+        for sequence in self._served:
+            sequence.service += elapsed
+        if now < self.next_review:
+            return
+        self.next_review = self.policy.review(self.running, self.waiting, self.book, now)
+        self.running.rerank()
+        self.waiting.rerank()
+        self._unsettled = True
 
     def _num_ready(self, sequence: Sequence) -> int:
         """Tokens that could be computed now."""
@@ -275,6 +353,7 @@ class Scheduler:
             self._unpark(sequence, sequence.num_computed)
         samples = sequence.num_computed == sequence.num_tokens
         planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, sequence.pages, admitted)
+        sequence.tenant.service += count + samples
         if samples:
             sequence.num_tokens += 1
             sequence.in_flight += 1
@@ -334,6 +413,7 @@ class Scheduler:
             sequence.slot = -1
             self._promise(sequence, 0)
             self._kept[sequence] = None
+            self._unsettled = True
         elif sequence.source is not None and sequence in sequence.source.parked:
             sequence.source.parked.remove(sequence)
         elif not sequence.retired:
@@ -357,7 +437,7 @@ class Scheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.page_size)
 
-    def _reserve(self, sequence: Sequence, num_tokens: int, then: int = 0) -> bool:
+    def reserve(self, sequence: Sequence, num_tokens: int, then: int = 0) -> bool:
         """Gives the sequence pages for so many tokens, and promises it those for `then` so many, if there are enough."""
         held = len(sequence.pages)
         missing = max(0, self._num_pages(num_tokens) - held)
@@ -380,11 +460,18 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         self._let_go(sequence)
+        self._unsettled = True
+        sequence.turn = self._now
         sequence.preemptions += 1
         self.num_preemptions += 1
         self.waiting.add(sequence)
+        self.next_review = min(self.next_review, self.policy.due(sequence, self._now))
 
     def _recompute_if_outgrown(self, sequence: Sequence) -> None:
         limit = self.config.recompute_beyond
         if limit is not None and not sequence.outgrown and sequence.num_tokens > limit:
             sequence.outgrown, sequence.num_computed = True, 0
+
+
+def _has_many_pending(sequence: Sequence) -> bool:
+    return sequence.num_tokens - sequence.num_computed > 1

@@ -88,16 +88,16 @@ def test_a_crash_leaves_a_record_that_replays(tmp_path):
     path.write_bytes(path.read_bytes()[:-7])
     got = replay(str(path))
     assert got.truncated and got.calls == whole.calls - 1
-    path.write_text('{"jaxllm_record":1')
+    path.write_text('{"jaxllm_record":2')
     with pytest.raises(ConfigError, match="line 1: it is not JSON"):
         replay(str(path))
 
 
 BROKEN = {
     "no header": (0, '["plan",[],[]]', "line 1: it is no record's header"),
-    "version": (0, '{"jaxllm_record":99}', "line 1: the record has version 99, and this jaxllm reads version 1"),
-    "header without config": (0, '{"jaxllm_record":1}', "line 1: cannot be replayed"),
-    "header of another scheduler": (0, '{"jaxllm_record":1,"config":{"max_num_dogs":1},"num_pages":9}', "line 1: .*max_num_dogs"),
+    "version": (0, '{"jaxllm_record":99}', "line 1: the record has version 99, and this jaxllm reads version 2"),
+    "header without config": (0, '{"jaxllm_record":2}', "line 1: cannot be replayed"),
+    "header of another scheduler": (0, '{"jaxllm_record":2,"config":{"max_num_dogs":1},"num_pages":9}', "line 1: .*max_num_dogs"),
     "garbage": (5, "\x00\x01", "line 6: it is not JSON"),
     "not a call": (5, "7", "line 6: cannot be replayed"),
     "no such call": (5, '["dance"]', "line 6: .*no call 'dance'"),

@@ -41,11 +41,12 @@ class FakeEngine:
         self.slots = {}  # of each running sequence, as its plans told
         self.outputs = {}  # of requests that have ended by themselves
         self.log = []  # of calls, to make them again
+        self.now = 0.0
 
-    def add(self, id: str, prompt: list[int], max_tokens: int, stop_at: int, priority: int = 0) -> None:
+    def add(self, id: str, prompt: list[int], max_tokens: int, stop_at: int, priority: int = 0, tenant: str = "") -> None:
         """A request that happens to end after `stop_at` tokens."""
-        self.log.append(("add", id, prompt, max_tokens, stop_at, priority))
-        self._add(id, prompt, [], max_tokens, stop_at, priority)
+        self.log.append(("add", id, prompt, max_tokens, stop_at, priority, tenant))
+        self._add(id, prompt, [], max_tokens, stop_at, priority, tenant=tenant)
 
     def fork(self, id: str, source: str, num_outputs: int, drawn: list[int], max_tokens: int, stop_at: int) -> None:
         """A request with the prompt of another, and the first of its outputs, and perhaps more that differ (a beam has one)."""
@@ -57,7 +58,8 @@ class FakeEngine:
 
     def _add(self, id, prompt, outputs, max_tokens, stop_at, priority, **fork) -> None:
         names = page_names(prompt + outputs, self.limits.page_size) if self.shares_pages else []
-        self.scheduler.add(id, len(prompt), max_tokens, names, num_outputs=len(outputs), priority=priority, **fork)
+        options = dict(num_outputs=len(outputs), priority=priority, now=self.now, **fork)
+        self.scheduler.add(id, len(prompt), max_tokens, names, **options)
         self.requests[id] = SimpleNamespace(
             request=SimpleNamespace(prompt_token_ids=prompt),
             prompt_token_ids=prompt,
@@ -84,10 +86,11 @@ class FakeEngine:
         self.log.append(("forget",))
         self.scheduler.reset_prefix_cache()
 
-    def step(self, wait: bool = False) -> None:
-        """One step; `wait` reads it at once instead of one step later."""
-        self.log.append(("step", wait))
-        plan = self.scheduler.schedule()
+    def step(self, wait: bool = False, seconds: float = 0.05) -> None:
+        """One step, that long after the one before; `wait` reads it at once instead of one step later."""
+        self.log.append(("step", wait, seconds))
+        self.now += seconds
+        plan = self.scheduler.schedule(self.now)
         self.check(plan)
         if plan.scheduled:
             for src, dst in plan.copies:
@@ -220,6 +223,8 @@ class FakeEngine:
         for id in [id for id, r in self.requests.items() if r.retired]:
             self.abort(id)
         bound = sum(2 * (len(r.prompt_token_ids) + 2 * r.max_tokens) + 4 for r in self.requests.values()) + 4
+        if self.scheduler.policy.preempts:
+            bound *= 4  # who gives way is computed anew; but it has drawn a token in its turn
         for _ in range(bound):
             if not self.requests and not self.in_flight:
                 break
@@ -239,9 +244,12 @@ def replay(engine: FakeEngine) -> FakeEngine:
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, end and are aborted at any moment, with a step in flight or none."""
 
+    policies: dict[str, dict] = {"fcfs": {}, "priority": {}}  # and their constants
+
     @initialize(data=st.data())
     def start(self, data):
         draw = lambda *range: data.draw(st.integers(*range))
+        policy = data.draw(st.sampled_from(list(self.policies)))
         page_size, max_model_len, max_num_seqs = draw(1, 5), draw(4, 30), draw(1, 5)
         self.limits = SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -249,7 +257,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=max_model_len,
             page_size=page_size,
             recompute_beyond=data.draw(st.none() | st.integers(1, 20)),
-            policy=data.draw(st.sampled_from(["fcfs", "priority"])),
+            policy=policy,
+            policy_options=self.policies[policy],
         )
         one = -(-max_model_len // page_size)  # the pool holds the longest request, and little more
         shares_pages = self.limits.recompute_beyond is None and data.draw(st.booleans())
@@ -263,10 +272,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_prompt = data.draw(st.integers(1, self.limits.max_model_len - 1))
         max_tokens = data.draw(st.integers(1, self.limits.max_model_len - num_prompt))
         stop_at = data.draw(st.integers(1, max_tokens))
-        priority = data.draw(st.integers(-1, 1)) if self.limits.policy == "priority" else 0
+        priority = data.draw(st.integers(-1, 1)) if self.limits.policy.startswith("priority") else 0
         if name := self.free_name():
             alike = data.draw(st.integers(0, num_prompt))
-            self.engine.add(name, prompt_of(num_prompt, alike, len(self.engine.log)), max_tokens, stop_at, priority)
+            tenant = str(len(self.engine.log) % 3)
+            self.engine.add(name, prompt_of(num_prompt, alike, len(self.engine.log)), max_tokens, stop_at, priority, tenant)
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data(), times=st.integers(1, 3))
@@ -320,14 +330,15 @@ SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_co
 TestScheduler = SchedulerMachine.TestCase
 
 
-def random_life(seed: int) -> FakeEngine:
+def random_life(seed: int, policy: str | None = None, **options) -> FakeEngine:
     """As the machine above, but always crowded, which drawn examples seldom are."""
     rng = random.Random(seed)
     page_size, longest, max_num_seqs = rng.randint(1, 5), rng.randint(4, 30), rng.randint(1, 5)
     one = -(-longest // page_size)
     beyond = rng.choice([None, None, rng.randint(1, 20), rng.randint(1, 20)])
-    policy = rng.choice(["fcfs", "priority"])
-    limits = SchedulerConfig(max_num_seqs, rng.randint(max_num_seqs, 20), longest, page_size, beyond, policy)
+    chosen = rng.choice(["fcfs", "priority"])
+    policy = policy or chosen
+    limits = SchedulerConfig(max_num_seqs, rng.randint(max_num_seqs, 20), longest, page_size, beyond, policy, options)
     engine = FakeEngine(limits, 1 + one + rng.randint(0, one), shares_pages=beyond is None and rng.random() < 0.7)
     forks = rng.choice([0, 0.2, 0.5])
     for k in range(rng.randint(1, 60)):
@@ -349,8 +360,8 @@ def random_life(seed: int) -> FakeEngine:
             num_prompt = rng.randint(1, longest - 1)
             max_tokens = rng.randint(1, longest - num_prompt)
             prompt = prompt_of(num_prompt, rng.randint(0, num_prompt), k)
-            priority = rng.randint(-1, 1) if policy == "priority" else 0
-            engine.add(str(k), prompt, max_tokens, rng.choice([max_tokens, rng.randint(1, max_tokens)]), priority)
+            priority = rng.randint(-1, 1) if policy.startswith("priority") else 0
+            engine.add(str(k), prompt, max_tokens, rng.choice([max_tokens, rng.randint(1, max_tokens)]), priority, str(k % 3))
         elif choice < 0.35 and names:
             engine.abort(rng.choice(names))
         elif choice < 0.37:

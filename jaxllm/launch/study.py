@@ -1,0 +1,89 @@
+"""`jaxllm study`: policies compared in the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import ConfigError
+from jaxllm.launch.command import Command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Command):
+    """Serve workloads and traces under each policy, at several batch sizes and loads, in the simulator; print each policy's figures by
+    fcfs's, and whether `adaptive` is as good as it should be (docs/scheduling.md).
+
+    With --json: `cases`, each with workload, max_num_seqs, load, `policies` (name -> figures, means over the seeds), `judged`; and how
+    many of the cases met each demand.
+
+    Example:
+
+      jaxllm study --num-requests 500 --seeds 2 --batch-sizes 16
+      jaxllm study --trace azure2023_conv.csv --trace mooncake_conversation.jsonl
+    """
+
+    workload: tuple[str, ...] = ("sharegpt", "alpaca")
+    "Requests drawn at random, on opt-13b/a100."
+    trace: tuple[str, ...] = ()
+    "Files of requests, on llama-8b/h100; each seed takes another stretch of it."
+    policy: str = "fcfs,hrrn,mlfq,adaptive,srpt"
+    "Policies, by commas; fcfs is among them. srpt is told how long outputs will be."
+    batch_sizes: tuple[int, ...] = (16, 64, 256)
+    "Sequences that run at the same time."
+    loads: tuple[float, ...] = (0.7, 0.95, 1.1)
+    "In units of what fcfs serves at most."
+    seeds: int = 5
+    "Runs of each, with other requests."
+    num_requests: int = 1000
+    "Of each run."
+    mlfq_starvation_s: float = 30.0
+    "mlfq's alpha; with the 3 s of FastServe's artifact it does little but recompute under load."
+
+    def __post_init__(self) -> None:
+        if "fcfs" not in self.policy.split(","):
+            raise ConfigError("policy must have fcfs in it: the others are measured by it")
+        for name in ("seeds", "num_requests", "mlfq_starvation_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("batch_sizes", "loads"):
+            if not getattr(self, name) or min(getattr(self, name)) <= 0:
+                raise ConfigError(f"{name} must be numbers above 0, got {getattr(self, name)}")
+
+
+def run(config: Config) -> dict[str, Any]:
+    from jaxllm.simulation import Arrivals, cost_model, draw_workload, read_trace
+    from jaxllm.simulation.study import ORACLE, judge, study
+
+    policies = [name.strip() for name in config.policy.split(",")]
+    opt, llama = cost_model("opt-13b/a100"), cost_model("llama-8b/h100")
+    draw = lambda seed, name: draw_workload(name, config.num_requests, Arrivals(), seed=seed, max_model_len=opt.max_model_len)
+    workloads = {name: (partial(draw, name=name), opt) for name in config.workload}
+    for path in config.trace:
+        whole, _ = read_trace(path).fitting(llama.max_model_len)
+        if len(whole) < config.seeds * config.num_requests:
+            raise ConfigError(f"{path} has {len(whole)} requests, fewer than seeds * num_requests = {config.seeds * config.num_requests}")
+        workloads[Path(path).stem] = (lambda seed, whole=whole: whole.part(seed * config.num_requests, config.num_requests), llama)
+    mlfq = {"mlfq": {"starvation_s": config.mlfq_starvation_s}}
+    settings = dict(max_num_batched_tokens=512, page_size=16, options=mlfq, seeds=range(config.seeds))
+    cases, met = [], {}
+    for case in study(workloads, policies=policies, batch_sizes=config.batch_sizes, loads=config.loads, **settings):
+        print(f"{case.workload}, {case.max_num_seqs} at a time, {100 * case.load:.0f}% of saturation; by fcfs:")
+        for name in policies:
+            ratios = [case.ratio(name, figure) for figure in ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_ttft_s")]
+            print(f"  {name:10} JCT {ratios[0]:6.3f}  P99 JCT {ratios[1]:6.3f}  normalized {ratios[2]:6.3f}  P99 TTFT {ratios[3]:6.3f}")
+        judged = judge(case) if "adaptive" in policies else {}
+        if judged and ORACLE in policies:
+            print(f"  adaptive: mean JCT {case.ratio('adaptive', 'mean_jct_s', to=ORACLE):.3f} times that of {ORACLE}")
+        for name, (value, good) in judged.items():
+            counts = met.setdefault(name, [0, 0])
+            counts[0] += good
+            counts[1] += 1
+            print(f"  adaptive: {name} {value:.3f}{'' if good else ', which is not good enough'}")
+        described = {"workload": case.workload, "max_num_seqs": case.max_num_seqs, "load": case.load, "policies": case.figures}
+        cases.append(described | {"judged": {name: {"value": value, "met": good} for name, (value, good) in judged.items()}})
+    for name, (good, of) in met.items():
+        print(f"adaptive: {name} met in {good} of {of}")
+    return {"cases": cases, "met": {name: {"met": good, "of": of} for name, (good, of) in met.items()}}
