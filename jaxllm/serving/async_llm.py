@@ -165,7 +165,7 @@ class AsyncLLM:
                 self._wake.notify()
         return done
 
-    def _add(self, request_id: str, ids, params, text: str | None, labels: dict[str, str], matcher: Matcher | None, stream: _Stream) -> None:
+    def _add(self, request_id: str, ids, params, text: str | None, labels: dict[str, str], matcher: Matcher | None, stream: _Stream):
         self.engine.add_request(ids, params, prompt=text, request_id=request_id, matcher=matcher, **labels)
         self._streams[request_id] = stream
 
