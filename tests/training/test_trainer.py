@@ -24,7 +24,6 @@ from jaxllm.config import from_dict, to_dict
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.sharding import ShardingRules, make_mesh
 from jaxllm.training import TrainConfig, Trainer
-from jaxllm.training.model import trained_model
 from jaxllm.training.objectives import add_score
 
 ROOT = Path(__file__).parents[2]
@@ -283,8 +282,7 @@ def check_classifier(trainer, path, base):
     values, tensors = json.loads((path / "adapter_config.json").read_text()), read_file(path / "adapter_model.safetensors")
     assert values["task_type"] == "SEQ_CLS" and values["modules_to_save"] == ["score"]
     np.testing.assert_array_equal(tensors["base_model.model.score.weight"], score)
-    fresh = trained_model(trainer.config, trainer.source, trainer.tokenizer, trainer.mesh, trainer.rules)
-    bare = add_score(adapter_disabled(fresh), saved=True, rngs=nnx.Rngs(1))
+    bare = add_score(adapter_disabled(trainer.model()), saved=True, rngs=nnx.Rngs(1))
     again, adapter = load_adapter(bare, path)
     written = adapter_tensors(again, adapter)
     assert written.keys() == tensors.keys() and all(np.array_equal(written[name], tensors[name]) for name in tensors)
