@@ -38,6 +38,8 @@ def write_llama(folder: Path, *, tokenizer: bool = False, **changes) -> Path:
         shapes |= {f"{layer}self_attn.{n}_proj.weight": s for n, s in dict(q=(q, d), k=(kv, d), v=(kv, d), o=(d, q)).items()}
         shapes |= {f"{layer}mlp.{n}_proj.weight": s for n, s in dict(gate=(f, d), up=(f, d), down=(d, f)).items()}
         shapes |= {f"{layer}{n}.weight": (d,) for n in ("input_layernorm", "post_attention_layernorm")}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], d)
     rng = np.random.default_rng(1)
     write_safetensors(folder, ((n, (rng.standard_normal(s) * 0.3).astype(np.float32)) for n, s in shapes.items()), config)
     if tokenizer:

@@ -2,4 +2,4 @@
 
 from jaxllm.lazy import lazy
 
-__all__, __getattr__ = lazy(__name__, config=("MeshConfig", "TrainConfig"), trainer=("TrainResult", "Trainer"))
+__all__, __getattr__ = lazy(__name__, config=("MeshConfig", "TrainConfig"), plots=("plot_run",), trainer=("TrainResult", "Trainer"))

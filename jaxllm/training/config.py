@@ -85,6 +85,8 @@ class TrainConfig:
     "Of an exported model; an adapter keeps the type that it was trained in."
     peak_flops: float | None = None
     "Operations a second of all devices together, for mfu; by default what is published of TPUs, and elsewhere mfu is null."
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    "Tell what goes to metrics.jsonl to these as well: event files in output_dir, or Weights & Biases ($WANDB_MODE=offline: without a net)."
     profile_steps: tuple[int, ...] = field(default=())
     "Write XLA profiler traces of these steps."
 

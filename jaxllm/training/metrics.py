@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxllm.errors import CheckpointError
 from jaxllm.models import ModelConfig
 from jaxllm.sharding.chips import TPUS
 
@@ -27,8 +28,11 @@ class MetricsLog:
 
     def write(self, values: dict[str, Any]) -> None:
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite) + "\n")
+        try:
+            with open(self.file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.file} ({error.strerror}): make room; the run goes on from its last save") from error
 
 
 def _step(line: str) -> float:

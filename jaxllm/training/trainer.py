@@ -1,5 +1,6 @@
 """The one loop."""
 
+import json
 import math
 import signal
 import sys
@@ -32,6 +33,7 @@ from jaxllm.training.optim import evaluation_params
 from jaxllm.training.parts import Params
 from jaxllm.training.program import make_program
 from jaxllm.training.step import init_state, place_batch
+from jaxllm.training.watch import check_installed, open_watchers
 
 _KEYS = {"lm": "messages, prompt and completion, or text", "preference": "chosen and rejected", "kto": "prompt, completion and label"}
 
@@ -64,6 +66,7 @@ class Trainer:
         self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
         self.source = source = open_checkpoint(self.path)
         self.model_config = config_from_hf(source.config)
+        check_installed(c)
         check_reward(c, self.model_config.family)
         if c.max_length > self.model_config.max_positions:
             raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
@@ -161,6 +164,8 @@ class _Run:
             print(f"going on from step {self.step} of {checkpointer.folder}", file=sys.stderr)
         write_config(trainer.config, out / "config.yaml")
         self.log = MetricsLog(out / "metrics.jsonl", self.step)
+        self.began = self.step
+        self.watchers = open_watchers(trainer.config, out, self.step)
         self.peak = trainer.config.peak_flops or peak_flops(list(trainer.mesh.devices.flat))
 
     def to_the_end(self, asked_to_stop: list[int]) -> TrainResult:
@@ -184,7 +189,7 @@ class _Run:
             if last or self.step % c.logging_steps == 0:
                 values = window.values(t, self.step, self.data.counts["tokens"], self.peak)
                 loss, window = values["loss"], _Window()
-                self.log.write(values)
+                self._tell(values)
                 progress.show(self.step, values)
             if c.eval_data is not None and (last or (c.eval_steps is not None and self.step % c.eval_steps == 0)):
                 self._evaluate()
@@ -196,9 +201,25 @@ class _Run:
                 self._save()
         self.checkpointer.wait()
         progress.close()
-        finished = stopped != "SIGTERM"
-        path = t.export(self.out / ("adapter" if c.adapter is not None else "model")) if c.export and finished else None
+        for watcher in self.watchers:
+            watcher.close()
+        path = self._export() if c.export and stopped != "SIGTERM" else None
         return TrainResult(self.step, loss, self.eval_loss, int(t.state.skipped), path, stopped)
+
+    def _export(self) -> Path:
+        """Writes the result, unless there was nothing left to do and it is there already."""
+        path, note = self.out / ("adapter" if self.t.config.adapter is not None else "model"), self.out / "exported.json"
+        made = json.dumps({"step": self.step, "export_dtype": self.t.config.export_dtype})
+        if self.step == self.began and path.exists() and note.exists() and note.read_text(encoding="utf-8") == made:
+            return path
+        note.unlink(missing_ok=True)  # the folder appears whole or not at all, and after it the note
+        self.t.export(path)
+        note.write_text(made, encoding="utf-8")
+        return path
+
+    def _tell(self, values: dict[str, Any]) -> None:
+        for log in (self.log, *self.watchers):
+            log.write(values)
 
     def _place(self, batch: dict[str, np.ndarray]) -> Any:
         t, a = self.t, self.t.config.gradient_accumulation_steps
@@ -208,7 +229,7 @@ class _Run:
     def _evaluate(self) -> None:
         values = self.t.evaluate()
         self.eval_loss, self.evaluated = values["eval_loss"], self.step
-        self.log.write({"step": self.step, **values})
+        self._tell({"step": self.step, **values})
         self.waited = 0 if self.eval_loss < self.best else self.waited + 1
         self.best = min(self.best, self.eval_loss)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -24,7 +25,6 @@ from jaxllm.config import from_dict, to_dict
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.sharding import ShardingRules, make_mesh
 from jaxllm.training import TrainConfig, Trainer
-from jaxllm.training.model import trained_model
 from jaxllm.training.objectives import add_score
 
 ROOT = Path(__file__).parents[2]
@@ -109,8 +109,9 @@ def test_the_export_is_the_model_as_trained(whole, model, data):
 
 def test_a_run_that_ended_is_not_run_again(whole, model, data):
     out, result = whole
-    before = (out / "metrics.jsonl").read_text()
+    before, exported = (out / "metrics.jsonl").read_text(), (result.path / "config.json").stat()
     again = Trainer(config(model, data, out, eval_steps=4)).train()
+    assert again.path == result.path and (result.path / "config.json").stat().st_ino == exported.st_ino  # nor exported again
     assert again.steps == 12 and again.eval_loss == result.eval_loss and (out / "metrics.jsonl").read_text() == before
 
 
@@ -130,17 +131,20 @@ def check_same(out, whole):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
 def test_killed_at_random_moments(seed, whole, model, data, tmp_path):
     """kill -9, also while a checkpoint is being written: the run that goes on is the run that was never stopped."""
     settings, rng = config(model, data, tmp_path / "run", eval_steps=4, save_steps=1), random.Random(seed)
-    for _ in range(12):
+    for kill in range(12):
         process = start(settings)
         file = tmp_path / "run" / "metrics.jsonl"
         wanted = (len(losses(tmp_path / "run")) if file.exists() else 0) + rng.randint(1, 4)
         while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= wanted):
             time.sleep(0.01)
-        time.sleep(rng.random() * 0.1)
+        saving = lambda: kill % 2 and not any((tmp_path / "run" / "checkpoints").glob(".saving-*"))  # noqa: B023
+        while process.poll() is None and saving():  # every other time amid a save
+            time.sleep(0.001)
+        time.sleep(rng.random() * (0.01 if kill % 2 else 0.1))
         process.kill()
         if process.wait() == 0:
             break
@@ -235,12 +239,34 @@ def test_wrong_data_and_folders(whole, model, data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((CheckpointError, ConfigError), match="file"):
         Trainer(config(model, data, tmp_path / "file")).train()
+    with pytest.raises(CheckpointError, match="choose another folder"):
+        Trainer(config(model, data, "/proc/nowhere")).train()
     other = write_llama(tmp_path / "other", tokenizer=True, hidden_size=64, intermediate_size=32, max_position_embeddings=256)
     with pytest.raises(CheckpointError, match="another model"):
         Trainer(config(other, data, whole[0], eval_steps=4)).train()
 
 
 FULL = [("dpo", False), ("reward", False), pytest.param("kto", False, marks=pytest.mark.slow)]
+
+
+def test_a_full_disk_loses_nothing(whole, model, data, tmp_path):
+    """Files may grow to 30 kB at first, and there is no room for a checkpoint; then a file is in the way of the export."""
+    settings = config(model, data, tmp_path / "run", eval_steps=4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot save step 2 .* make room"):
+            Trainer(settings).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (tmp_path / "run" / "model").write_text("")
+    with pytest.raises(CheckpointError, match="a file is there"):
+        Trainer(settings).train()
+    (tmp_path / "run" / "model").unlink()
+    trained = (tmp_path / "run" / "metrics.jsonl").read_text()
+    Trainer(settings).train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == trained
+    check_same(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize(("name", "adapted"), [("dpo", True), ("orpo", True), ("simpo", True), ("kto", True), ("reward", True), *FULL])
@@ -283,8 +309,7 @@ def check_classifier(trainer, path, base):
     values, tensors = json.loads((path / "adapter_config.json").read_text()), read_file(path / "adapter_model.safetensors")
     assert values["task_type"] == "SEQ_CLS" and values["modules_to_save"] == ["score"]
     np.testing.assert_array_equal(tensors["base_model.model.score.weight"], score)
-    fresh = trained_model(trainer.config, trainer.source, trainer.tokenizer, trainer.mesh, trainer.rules)
-    bare = add_score(adapter_disabled(fresh), saved=True, rngs=nnx.Rngs(1))
+    bare = add_score(adapter_disabled(trainer.model()), saved=True, rngs=nnx.Rngs(1))
     again, adapter = load_adapter(bare, path)
     written = adapter_tensors(again, adapter)
     assert written.keys() == tensors.keys() and all(np.array_equal(written[name], tensors[name]) for name in tensors)
