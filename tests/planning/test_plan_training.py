@@ -14,7 +14,7 @@ def test_lora_of_an_8b_model_takes_half_the_memory_that_others_do():
     result = plan("--train", RECIPES / "llama3_8b_lora.yaml", "--topology", "v5e:2x2", "--optimization-level", "O1")
     held, step = result["per_chip_bytes"], result["step"]
     assert result["fits"] and result["settings"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    assert held["parameters"] == pytest.approx((8.03e9 * 2 + 42e6 * 4) / 4, rel=0.02)
+    assert 8.03e9 * 2 / 4 <= held["parameters"] <= 8.03e9 * 2 / 4 + 42e6 * 4  # of the adapter, some is whole on each
     assert held["optimizer"] <= 2 * 42e6 * 4
     assert held["temporaries"] <= 5 * 2**30
     assert step["flops_minimum"] <= step["flops"] <= 201e12
