@@ -25,7 +25,7 @@ class TensorBoard:
     def __init__(self, config: TrainConfig, out: Path, step: int):
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None, filename_suffix=f".{step}")
 
     def write(self, values: Mapping[str, Any]) -> None:
         for name, value in _numbers(values).items():

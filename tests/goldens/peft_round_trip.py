@@ -58,6 +58,7 @@ def ours(model, reward: bool) -> np.ndarray:
 
     from jaxllm.adapters import prepend_virtual_tokens
     from jaxllm.models.attention import dense_attend
+    from jaxllm.training.backend import ONE_DEVICE
     from jaxllm.training.objectives import scores
 
     tokens, length = TOKENS.astype(np.int32), TOKENS.shape[1]
@@ -67,7 +68,7 @@ def ours(model, reward: bool) -> np.ndarray:
         batch = prepend_virtual_tokens(batch, model.config, model.virtual.count)
     batch = {key: jnp.asarray(value) for key, value in batch.items()}
     if reward:
-        return np.asarray(scores(model, batch))
+        return np.asarray(scores(model, batch, ONE_DEVICE))
     attend = dense_attend(batch["positions"], batch["segment_ids"])
     return np.asarray(model.logits(model(batch["tokens"], batch["positions"], attend)[0]))[:, -length:]
 

@@ -28,11 +28,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe(recipe, folder, tmp_path, monkeypatch, capsys):
+def test_recipe(recipe, folder, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(folder)  # the data lies where the recipe says
     flags = {"--model": "model", "--output-dir": str(tmp_path / "run"), "--max-steps": "2", "--max-length": "64"}
     code = main(["train", "--config", str(recipe), *(word for pair in flags.items() for word in pair), "--json"])
-    out, error = capsys.readouterr()
+    out, error = capfd.readouterr()
     assert code == 0, error
     result = json.loads(out.splitlines()[-1])
     assert result["steps"] == 2 and result["skipped_steps"] == 0 and result["loss"] > 0
