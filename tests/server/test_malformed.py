@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import jsonschema
 import openai
 import pytest
-from conftest import settled
+from servers import settled
 
 BASE = {
     "/v1/completions": {"prompt": "x", "max_tokens": 1},

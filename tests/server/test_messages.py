@@ -2,7 +2,7 @@
 
 import anthropic
 import pytest
-from conftest import settled
+from servers import settled
 from test_tools_http import NOW, WEATHER
 
 TURNS = [

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from conftest import serving, settled
 from prometheus_client.parser import text_string_to_metric_families
+from servers import serving, settled
 
 # vLLM's (vllm/v1/metrics/loggers.py), without its prefix.
 NAMES = {

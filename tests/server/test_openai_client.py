@@ -4,7 +4,7 @@ import asyncio
 
 import openai
 import pytest
-from conftest import settled
+from servers import serving, settled
 
 from jaxllm import SamplingParams
 from jaxllm.server.protocol.base import Sampling
@@ -182,8 +182,6 @@ def test_what_is_wrong_with_a_chat_is_named(client, body, param):
 
 
 def test_unknown_fields_may_be_warned_of(llm, caplog):
-    from conftest import serving
-
     with serving(llm, unknown_fields="warn") as (where, _):
         client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
         extra = {"best_of": 2, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "cache": 1}], "x": 1}]}

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
-from conftest import serving, settled
+from servers import serving, settled
 
 from jaxllm import AsyncLLM
 from jaxllm.errors import ConfigError

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
-from conftest import settled
+from servers import settled
 
 DRIVER = Path(__file__).with_name("drive_page.cjs")
 

@@ -5,7 +5,7 @@ import json
 import openai
 import pydantic
 import pytest
-from conftest import settled
+from servers import settled
 
 CHAT = [{"role": "user", "content": "Who?"}]
 

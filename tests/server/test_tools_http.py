@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from conftest import CHATML, serving
+from servers import CHATML, serving
 
 CHAT = [{"role": "user", "content": "Rain?"}]
 WEATHER = {

@@ -34,7 +34,7 @@ def completion(bad=(), stop=(), prompt=(1,), output=(), max_tokens=64, **params)
         bad_words=tuple(map(tuple, bad)),
         max_tokens=max_tokens,
     )
-    return SimpleNamespace(request=request, token_ids=[*prompt, *output])
+    return SimpleNamespace(request=request, token_ids=[*prompt, *output], matcher=None)
 
 
 class Batch:
