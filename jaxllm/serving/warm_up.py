@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, as_completed
 from typing import Any
 
+from jaxllm.host_memory import trim
+
 
 class WarmUp:
     """Compiles `keys` in their order on `workers` threads, with `compile_(key)`, a bound method whose object it does not keep alive.
@@ -68,3 +70,4 @@ class WarmUp:
             except BaseException as error:
                 future.set_exception(error)
             del compile_
+            trim()
