@@ -71,6 +71,8 @@ class TrainConfig:
     "Steps between lines of metrics.jsonl."
     eval_steps: int | None = None
     "Steps between evaluations; by default one at the end."
+    eval_on_start: bool = False
+    "Evaluate before the first step too, as step 0."
     save_steps: int = 500
     "Steps between checkpoints; there is one at the end as well."
     keep_last: int = 2
@@ -102,8 +104,8 @@ class TrainConfig:
                 f"batch_size={self.batch_size} is no multiple of gradient_accumulation_steps x mesh.data x mesh.fsdp = {rows}; "
                 "choose one that is"
             )
-        if self.eval_data is None and (self.eval_steps is not None or self.early_stopping_patience is not None):
-            raise ConfigError("eval_steps and early_stopping_patience need eval_data")
+        if self.eval_data is None and (self.eval_steps is not None or self.eval_on_start or self.early_stopping_patience is not None):
+            raise ConfigError("eval_steps, eval_on_start and early_stopping_patience need eval_data")
         if len(adapters := [name for name in ADAPTERS if getattr(self, name) is not None]) > 1:
             raise ConfigError(f"{' and '.join(adapters)} are two adapters, and a run trains one")
         if self.quantize_base is not None and not adapters:

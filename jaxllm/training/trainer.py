@@ -163,7 +163,7 @@ class _Run:
             self.eval_loss = restored.metrics.get("last_eval_loss")
             print(f"going on from step {self.step} of {checkpointer.folder}", file=sys.stderr)
         write_config(trainer.config, out / "config.yaml")
-        self.log = MetricsLog(out / "metrics.jsonl", self.step)
+        self.log = MetricsLog(out / "metrics.jsonl", self.step if self.saved is not None else -1)
         self.began = self.step
         self.watchers = open_watchers(trainer.config, out, self.step)
         self.peak = trainer.config.peak_flops or peak_flops(list(trainer.mesh.devices.flat))
@@ -171,6 +171,8 @@ class _Run:
     def to_the_end(self, asked_to_stop: list[int]) -> TrainResult:
         t, c = self.t, self.t.config
         stopped, window, loss = self._out_of_patience(), _Window(), None
+        if c.eval_on_start and self.step == 0:
+            self._evaluate()
         progress = Progress(t.total_steps, self.step)
         while self.step < t.total_steps and stopped is None:
             batch = next(self.data, None)

@@ -80,7 +80,7 @@ def weights(folder):
 def whole(model, data, tmp_path_factory):
     """A run that nothing stopped."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, Trainer(config(model, data, out, eval_steps=4)).train()
+    return out, Trainer(config(model, data, out, eval_steps=4, eval_on_start=True)).train()
 
 
 def test_it_learns_and_tells(whole):
@@ -88,8 +88,8 @@ def test_it_learns_and_tells(whole):
     assert result.steps == 12 and result.stopped is None and result.skipped_steps == 0
     told = losses(out)
     assert list(told) == list(range(1, 13)) and told[12] < 0.8 * told[1]
-    evaluated = [line["eval_loss"] for line in lines(out) if "eval_loss" in line]
-    assert len(evaluated) == 3 and evaluated[-1] < evaluated[0] and result.eval_loss == evaluated[-1]
+    evaluated = {line["step"]: line["eval_loss"] for line in lines(out) if "eval_loss" in line}
+    assert list(evaluated) == [0, 4, 8, 12] and evaluated[12] < evaluated[4] < evaluated[0] and result.eval_loss == evaluated[12]
     keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s", "mfu", "skipped_steps"}
     assert all(keys <= line.keys() for line in lines(out) if "loss" in line)
     assert from_dict(TrainConfig, yaml.safe_load((out / "config.yaml").read_text())).max_steps == 12
