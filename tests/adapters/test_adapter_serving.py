@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from adapter_cases import ADAPTERS, decoder, logits_golden, randomised
+from adapter_cases import ADAPTERS, decoder, logits, logits_golden, randomised
 from flax import nnx
 from golden_cases import MODELS
 from tiny_models import write_llama
@@ -52,6 +52,25 @@ def test_generate_takes_an_adapter(tmp_path, capfd):
         assert main([*argv, *more]) in (0, None)
         texts.append(json.loads(capfd.readouterr().out.splitlines()[-1])["token_ids"])
     assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("name", ["lora_llama", "dora_phi3", "ia3_gpt2", "lora_save_modules"])
+def test_what_is_merged_and_written_has_pefts_logits(name, tmp_path, capfd):
+    base, tokens, expected = logits_golden(name)
+    argv = ["convert", "--model", str(MODELS / base), "--adapter", str(ADAPTERS / name), "--out", str(tmp_path / "merged")]
+    assert main([*argv, "--dtype", "float32", "--json"]) in (0, None)
+    assert "model.safetensors" in json.loads(capfd.readouterr().out.splitlines()[-1])["files"]
+    np.testing.assert_allclose(logits(decoder(tmp_path / "merged", False), tokens), expected, atol=1e-4)
+
+
+def test_what_cannot_be_merged_leaves_nothing(tmp_path, capfd):
+    for base, adapter, why in (
+        ("llama_mqa_bias", ADAPTERS / "lora_llama", "does not fit the model"),
+        ("llama_gqa", ADAPTERS / "prefix_llama", "PREFIX_TUNING"),
+        ("llama_gqa", tmp_path, "adapter_config.json is missing"),
+    ):
+        assert main(["convert", "--model", str(MODELS / base), "--adapter", str(adapter), "--out", str(tmp_path / "merged")])
+        assert why in capfd.readouterr().err and not (tmp_path / "merged").exists()
 
 
 def test_what_cannot_be_served_is_refused_before_the_weights_are_read(tmp_path):
