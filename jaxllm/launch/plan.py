@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,8 @@ from jaxllm.launch.plan_table import print_serving_plan, print_training_plan
 
 if TYPE_CHECKING:
     from jaxllm.models import ModelConfig
+    from jaxllm.planning import ServingPlan
+    from jaxllm.planning.training import TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,9 @@ class Config(Command):
     optimization_level: Literal["default", "O1"] = "default"
     "O1: the compiler takes less trouble, and a training step a fifth of the time; a serving step is worse for it."
 
+    plot: str | None = None
+    "Draw the roofline and the memory of a chip to this file (.png, .svg, .pdf)."
+
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size"):
             if getattr(self, name) < 1:
@@ -88,8 +94,10 @@ def run(config: Config) -> dict[str, Any]:
         dtype=jnp.dtype(config.dtype),
         kv_cache_dtype=config.kv_cache_dtype,
     )
+    title = f"{config.model} on {config.topology}"
     if not config.json:
-        print_serving_plan(f"{config.model} on {config.topology}", plan)
+        print_serving_plan(title, plan)
+    _draw(config, plan, title)
     return asdict(plan) | {"model": config.model}
 
 
@@ -101,9 +109,19 @@ def _run_training(config: Config) -> dict[str, Any]:
     given = {name: value for name in ("model", "batch_size") if (value := getattr(config, name)) is not None}
     recipe = from_dict(TrainConfig, load_yaml(config.train) | given, where=config.train)
     plan = plan_training(recipe, read_model_config(recipe.model), find_topology(config.topology))
+    title = f"{recipe.model} on {config.topology}"
     if not config.json:
-        print_training_plan(f"{recipe.model} on {config.topology}", plan)
+        print_training_plan(title, plan)
+    _draw(config, plan, title)
     return asdict(plan) | {"model": recipe.model}
+
+
+def _draw(config: Config, plan: ServingPlan | TrainingPlan, title: str) -> None:
+    if config.plot is not None:
+        from jaxllm.launch.pictures import save_figure
+        from jaxllm.planning.plots import plot_plan
+
+        print(f"wrote {save_figure(plot_plan(plan, title), config.plot, flag='--plot')}", file=sys.stderr)
 
 
 def read_model_config(name: str) -> ModelConfig:

@@ -17,12 +17,10 @@ def print_serving_plan(title: str, plan: ServingPlan) -> None:
     console = Console()
     console.print(f"{title}, {plan.settings['tensor']} chips to a layer")
     console.print(_memory(plan.per_chip_bytes, ("parameters", "kv_cache", "temporaries", "other", "total", "capacity")))
-    steps = Table()
-    for name in ("a step", "tokens", "moved", "least", "times least", "operations", "bound", "tokens/s at most", "collectives"):
-        steps.add_column(name, justify="left" if name in ("a step", "collectives") else "right")
-    for name, step in (("decode", plan.decode), ("prefill", plan.prefill)):
-        if step is not None:
-            steps.add_row(name, *_row(step))
+    steps = Table("a step", *(name for name in ("decode", "prefill") if getattr(plan, name) is not None))
+    told = [_facts(step) for step in (plan.decode, plan.prefill) if step is not None]
+    for rows in zip(*(facts.items() for facts in told), strict=True):
+        steps.add_row(rows[0][0], *(value for _, value in rows))
     console.print(steps)
     room = f"fits, with room for {plan.max_sequences} sequences of {plan.settings['max_model_len']} tokens"
     console.print(f"{room if plan.fits else 'does NOT fit'}; compiled in {plan.compile_s:.1f} s")
@@ -30,17 +28,18 @@ def print_serving_plan(title: str, plan: ServingPlan) -> None:
         console.print(f"remedy: {plan.remedy}")
 
 
-def _row(step: StepReport) -> list[str]:
-    return [
-        str(step.tokens),
-        gib(step.bytes_moved),
-        gib(step.bytes_minimum),
-        f"{step.bytes_moved / step.bytes_minimum:.2f}",
-        f"{step.flops / 1e12:.3f} T",
-        f"{1e3 * step.bound_s:.2f} ms",
-        f"{step.tokens_per_s:,.0f}",
-        _told(step.collectives),
-    ]
+def _facts(step: StepReport) -> dict[str, str]:
+    return {
+        "tokens": str(step.tokens),
+        "moved": gib(step.bytes_moved),
+        "least": gib(step.bytes_minimum),
+        "moved / least": f"{step.bytes_moved / step.bytes_minimum:.2f}",
+        "operations": f"{step.flops / 1e12:.3f} T",
+        "bound": f"{1e3 * step.bound_s:.2f} ms",
+        "compiler's estimate": _estimate(step.compiler_s),
+        "tokens/s at most": f"{step.tokens_per_s:,.0f}",
+        "collectives": _told(step.collectives),
+    }
 
 
 def print_training_plan(title: str, plan: TrainingPlan) -> None:
@@ -51,15 +50,19 @@ def print_training_plan(title: str, plan: TrainingPlan) -> None:
     console.print(_memory(plan.per_chip_bytes, ("parameters", "optimizer", "temporaries", "other", "total", "capacity")))
     if (step := plan.step) is not None:
         table = Table()
-        for name in ("moved", "operations", "least", "bound", "tokens/s at most", "MFU at most", "collectives"):
+        for name in ("moved", "operations", "least", "bound", "compiler", "tokens/s at most", "MFU at most", "collectives"):
             table.add_column(name, justify="left" if name == "collectives" else "right")
         operations = (f"{step.flops / 1e12:.1f} T", f"{step.flops_minimum / 1e12:.1f} T")
-        speed = (f"{step.bound_s:.3f} s", f"{step.tokens_per_s:,.0f}", f"{step.mfu_bound:.0%}")
+        speed = (f"{step.bound_s:.3f} s", _estimate(step.compiler_s), f"{step.tokens_per_s:,.0f}", f"{step.mfu_bound:.0%}")
         table.add_row(gib(step.bytes_moved), *operations, *speed, _told(step.collectives))
         console.print(table)
     console.print(f"{'fits' if plan.fits else 'does NOT fit'}; compiled in {plan.compile_s:.1f} s")
     if plan.remedy:
         console.print(f"remedy: {plan.remedy}")
+
+
+def _estimate(seconds: float | None) -> str:
+    return "none" if seconds is None else f"{1e3 * seconds:.2f} ms"
 
 
 def gib(bytes_: float) -> str:

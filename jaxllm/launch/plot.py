@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
 
 
@@ -27,12 +26,10 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
+    from jaxllm.launch.pictures import save_figure
     from jaxllm.training import plot_run
 
-    figure, out = plot_run(config.run), Path(config.out or Path(config.run) / "metrics.png").expanduser()
-    try:
-        figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
-        raise ConfigError(f"cannot write {out} ({error}): give another --out") from error
+    figure = plot_run(config.run)
+    out = save_figure(figure, config.out or Path(config.run) / "metrics.png", flag="--out")
     print(f"wrote {out}", file=sys.stderr)
     return {"path": str(out), "panels": len(figure.axes)}
