@@ -18,7 +18,7 @@ def print_serving_plan(title: str, plan: ServingPlan) -> None:
     console.print(f"{title}, {plan.settings['tensor']} chips to a layer")
     console.print(_memory(plan.per_chip_bytes, ("parameters", "kv_cache", "temporaries", "other", "total", "capacity")))
     steps = Table()
-    for name in ("a step", "tokens", "moved", "least", "times least", "operations", "bound", "tokens/s at most", "collectives"):
+    for name in ("a step", "tokens", "moved", "least", "times least", "operations", "bound", "compiler", "tokens/s at most", "collectives"):
         steps.add_column(name, justify="left" if name in ("a step", "collectives") else "right")
     for name, step in (("decode", plan.decode), ("prefill", plan.prefill)):
         if step is not None:
@@ -38,6 +38,7 @@ def _row(step: StepReport) -> list[str]:
         f"{step.bytes_moved / step.bytes_minimum:.2f}",
         f"{step.flops / 1e12:.3f} T",
         f"{1e3 * step.bound_s:.2f} ms",
+        _seconds(step.compiler_s),
         f"{step.tokens_per_s:,.0f}",
         _told(step.collectives),
     ]
@@ -51,15 +52,19 @@ def print_training_plan(title: str, plan: TrainingPlan) -> None:
     console.print(_memory(plan.per_chip_bytes, ("parameters", "optimizer", "temporaries", "other", "total", "capacity")))
     if (step := plan.step) is not None:
         table = Table()
-        for name in ("moved", "operations", "least", "bound", "tokens/s at most", "MFU at most", "collectives"):
+        for name in ("moved", "operations", "least", "bound", "compiler", "tokens/s at most", "MFU at most", "collectives"):
             table.add_column(name, justify="left" if name == "collectives" else "right")
         operations = (f"{step.flops / 1e12:.1f} T", f"{step.flops_minimum / 1e12:.1f} T")
-        speed = (f"{step.bound_s:.3f} s", f"{step.tokens_per_s:,.0f}", f"{step.mfu_bound:.0%}")
+        speed = (f"{step.bound_s:.3f} s", _seconds(step.compiler_s), f"{step.tokens_per_s:,.0f}", f"{step.mfu_bound:.0%}")
         table.add_row(gib(step.bytes_moved), *operations, *speed, _told(step.collectives))
         console.print(table)
     console.print(f"{'fits' if plan.fits else 'does NOT fit'}; compiled in {plan.compile_s:.1f} s")
     if plan.remedy:
         console.print(f"remedy: {plan.remedy}")
+
+
+def _seconds(estimate: float | None) -> str:
+    return "no estimate" if estimate is None else f"{1e3 * estimate:.2f} ms"
 
 
 def gib(bytes_: float) -> str:
