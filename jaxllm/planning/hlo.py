@@ -11,6 +11,8 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from jaxllm.sharding.chips import Chip
+
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
@@ -22,6 +24,9 @@ _ESTIMATES = (
     re.compile(r'cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"'),
     re.compile(r"serialized_metadata = .*?flops\\22: \\22(\d+)\\22.*?bytes_accessed\\22: \\22(\d+)\\22"),
 )
+
+# What the TPU's compiler expects an instruction to take, loops once; it says nothing of kernels, nor of sorts.
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 # JAX's splash attention gives no estimate. Products of [T, T] scores with [T, D] in each of its kernels; they skip the half that
 # causality hides (of what a sliding window hides nothing is taken off).
@@ -41,19 +46,30 @@ class Collective:
 @dataclass
 class Cost:
     """Of a run on one device: bytes between HBM and the chip, operations of Pallas kernels and of products of matrices, and collectives
-    (kind, bytes) -> count."""
+    (kind, bytes) -> count. `cycles` is the compiler's estimate, and `unestimated_bytes` are those of instructions that have none."""
 
     hbm_bytes: float = 0
     kernel_flops: float = 0
     product_flops: float = 0
+    cycles: float = 0
+    unestimated_bytes: float = 0
     collectives: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, other: "Cost", times: int = 1) -> None:
         self.hbm_bytes += times * other.hbm_bytes
         self.kernel_flops += times * other.kernel_flops
         self.product_flops += times * other.product_flops
+        self.cycles += times * other.cycles
+        self.unestimated_bytes += times * other.unestimated_bytes
         for key, count in other.collectives.items():
             self.collectives[key] += times * count
+
+    def compiler_s(self, chip: Chip) -> float | None:
+        """Seconds of a run: the compiler's cycles, one instruction after another, and for what it gives none (kernels, sorts) the least
+        that the chip's bandwidth and peak allow. None if there is no estimate at all, as from a GPU's compiler."""
+        if not self.cycles or chip.hertz is None:
+            return None
+        return self.cycles / chip.hertz + max(self.unestimated_bytes / chip.bandwidth, self.kernel_flops / chip.flops)
 
     def list_collectives(self) -> list[Collective]:
         return [Collective(kind, count, count * size) for (kind, size), count in sorted(self.collectives.items())]
@@ -113,7 +129,12 @@ class Program:
             elif op.opcode == "call":
                 total.add(self._cost(op.called("to_apply")))
             elif op.opcode not in _FREE and not op.opcode.endswith("-done"):
+                moved = total.hbm_bytes
                 self._one(op, ops, total)
+                if match := _CYCLES.search(op.line):
+                    total.cycles += int(match[1])
+                else:
+                    total.unestimated_bytes += total.hbm_bytes - moved
         return total
 
     def _one(self, op: _Op, ops: dict[str, _Op], total: Cost) -> None:

@@ -21,13 +21,15 @@ from jaxllm.serving.batch import Bucket, step_layout
 class StepReport:
     """One step on one device: bytes between HBM and the chip, as compiled and the least there can be (weights, keys and values, each
     once); operations; `bound_s`, the least time that the chip's published bandwidth and peak allow for what is moved and computed;
-    the tokens a second that this is at most; collectives; bytes of temporaries; seconds of compiling."""
+    the tokens a second that this is at most; `compiler_s`, what the compiler expects (`Cost.compiler_s`), None where it does not say
+    (GPUs); collectives; bytes of temporaries; seconds of compiling."""
 
     tokens: int
     bytes_moved: int
     bytes_minimum: int
     flops: float
     bound_s: float
+    compiler_s: float | None
     tokens_per_s: float
     collectives: list[Collective]
     temporaries: int
@@ -113,6 +115,7 @@ def plan_serving(
             bytes_minimum=_weights_read(config, engine, tokens) + kv_token * keys,
             flops=flops,
             bound_s=bound,
+            compiler_s=cost.compiler_s(topology.chip),
             tokens_per_s=tokens / bound,
             collectives=cost.list_collectives(),
             temporaries=held["temporaries"],

@@ -28,13 +28,14 @@ from jaxllm.training.step import abstract_state
 class TrainStepReport:
     """An optimiser step on one device. `flops`: operations as compiled, what is computed anew included; `flops_minimum`: those that
     the model needs (`training_flops`); `bound_s`: the least time for the bytes and operations as compiled; `mfu_bound`: the part of
-    the chip's peak that `flops_minimum` would be at that time."""
+    the chip's peak that `flops_minimum` would be at that time; `compiler_s`: what the compiler expects, or None."""
 
     tokens: int
     bytes_moved: int
     flops: float
     flops_minimum: float
     bound_s: float
+    compiler_s: float | None
     tokens_per_s: float
     mfu_bound: float
     collectives: list[Collective]
@@ -119,6 +120,7 @@ def plan_training(config: TrainConfig, model: ModelConfig, topology: Topology) -
         flops=flops,
         flops_minimum=least,
         bound_s=bound,
+        compiler_s=cost.compiler_s(topology.chip),
         tokens_per_s=tokens / bound,
         mfu_bound=least / topology.chip.flops / bound,
         collectives=cost.list_collectives(),

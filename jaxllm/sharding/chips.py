@@ -8,7 +8,8 @@ class Chip:
     """Of one device as JAX counts them (on v7x two a chip): bytes, bytes a second, bfloat16 operations a second, published peaks.
 
     `compiler_name` is the compiler's, `device_kinds` are JAX's for devices that are there. `shape` is how many numbers its
-    topologies have ("2x2": 2), and `usual` are some of them. `platform`: tpu or gpu.
+    topologies have ("2x2": 2), and `usual` are some of them. `platform`: tpu or gpu. `flops_per_cycle`: of a TPU's matrix units
+    (v4 to v5p of 128 x 128, then of 256 x 256; as many as make the compiler's cycles of a large product just less than the peak).
     """
 
     name: str
@@ -20,16 +21,22 @@ class Chip:
     shape: int
     usual: tuple[str, ...]
     platform: str = "tpu"
+    flops_per_cycle: int | None = None
+
+    @property
+    def hertz(self) -> float | None:
+        """The clock that the peak implies."""
+        return None if self.flops_per_cycle is None else self.flops / self.flops_per_cycle
 
 
 # Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x"; of v5e's 16 and v6e's 32 GiB the runtime keeps a part.
 TPUS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4", ("TPU v4",), 32 * 2**30, 1228e9, 275e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
-        Chip("v5e", "v5e", ("TPU v5 lite",), int(15.75 * 2**30), 819e9, 197e12, 2, ("1x1", "2x2", "2x4", "4x4")),
-        Chip("v5p", "v5p", ("TPU v5", "TPU v5p"), 95 * 2**30, 2765e9, 459e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
-        Chip("v6e", "v6e", ("TPU v6 lite",), int(31.25 * 2**30), 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4")),
-        Chip("v7x", "tpu7x", ("TPU7x",), 96 * 2**30, 3690e9, 1153.5e12, 3, ("2x2x1", "2x2x2", "2x2x4")),
+        Chip("v4", "v4", ("TPU v4",), 32 * 2**30, 1228e9, 275e12, 3, ("2x2x1", "2x2x2", "2x2x4"), flops_per_cycle=2**18),
+        Chip("v5e", "v5e", ("TPU v5 lite",), int(15.75 * 2**30), 819e9, 197e12, 2, ("1x1", "2x2", "2x4", "4x4"), flops_per_cycle=2**17),
+        Chip("v5p", "v5p", ("TPU v5", "TPU v5p"), 95 * 2**30, 2765e9, 459e12, 3, ("2x2x1", "2x2x2", "2x2x4"), flops_per_cycle=2**18),
+        Chip("v6e", "v6e", ("TPU v6 lite",), int(31.25 * 2**30), 1640e9, 918e12, 2, ("1x1", "2x2", "2x4", "4x4"), flops_per_cycle=2**19),
+        Chip("v7x", "tpu7x", ("TPU7x",), 96 * 2**30, 3690e9, 1153.5e12, 3, ("2x2x1", "2x2x2", "2x2x4"), flops_per_cycle=2**19),
     )
 }

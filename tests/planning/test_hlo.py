@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxllm.planning.chips import CHIPS
 from jaxllm.planning.hlo import Collective, Program, memory
 from jaxllm.sharding import make_mesh
 
@@ -110,6 +111,17 @@ def test_bytes_between_hbm_and_the_chip():
     assert cost.hbm_bytes == 32 * turn + update + 64 * 128 * 2
     assert cost.kernel_flops == 32 * 1000
     assert cost.list_collectives() == [Collective("all-reduce", 32, 32 * 8 * 128 * 2)]
+
+
+def test_the_compilers_estimate_counts_loops_and_bounds_what_it_leaves_out():
+    lines = TEXT.replace("calls=%update\n", 'calls=%update, backend_config={"estimated_cycles":"7000"}\n')
+    lines = lines.replace("to_apply=%add\n", 'to_apply=%add, backend_config={"estimated_cycles":"100"}\n')
+    cost, whole = Program(lines).cost(), Program(TEXT).cost()
+    assert cost.cycles == 32 * 100 + 7000
+    assert cost.unestimated_bytes == cost.hbm_bytes - (2 * 8 * 4 + 4)
+    chip = CHIPS["v5e"]
+    assert cost.compiler_s(chip) == pytest.approx(10200 / 1.503e9 + cost.unestimated_bytes / 819e9, rel=1e-3)
+    assert whole.compiler_s(chip) is None and cost.compiler_s(CHIPS["h100"]) is None
 
 
 # As the GPU's compiler writes it: a Triton kernel's estimate is in its metadata, and S(1) is device memory for collectives.
