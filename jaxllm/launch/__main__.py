@@ -28,6 +28,7 @@ COMMANDS = {
     "bench startup": ("jaxllm.launch.bench.startup", "Measure how long an engine takes to be ready."),
     "bench mixed": ("jaxllm.launch.bench.mixed", "Measure a load of every kind of request at once, and what it wastes."),
     "bench prefix": ("jaxllm.launch.bench.prefix", "Measure what requests that begin alike gain by sharing pages."),
+    "bench schedule": ("jaxllm.launch.bench.schedule", "Measure what deciding who runs costs, under each policy."),
     "bench train": ("jaxllm.launch.bench.train", "Measure tokens a second of fine-tuning."),
     "bench serve": ("jaxllm.launch.bench.serve", "Measure any OpenAI-compatible server under load."),
     "compile": ("jaxllm.launch.compile", "Compile every program of an engine and write them to a folder, to start from."),
