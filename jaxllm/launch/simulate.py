@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,9 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
+
+
+_SWAPS = ("recompute", "reactive", "proactive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,10 @@ class Config(Command):
     "Policies to compare, by commas (docs/scheduling.md)."
     policy_options: dict[str, float] = field(default_factory=dict)
     "Constants of the policy, if there is one only."
+    swap: str = "recompute"
+    "What becomes of the pages of those who give up their places, or several to compare, by commas: recompute, reactive, proactive."
+    host_bytes: float = float("inf")
+    "Host memory for swapped pages."
     max_num_seqs: int = 64
     "Sequences that run at the same time."
     max_num_batched_tokens: int = 512
@@ -70,7 +78,10 @@ class Config(Command):
             raise ConfigError("give one of --trace, --workload and --replay: what to simulate")
         if self.rate is not None and self.load is not None:
             raise ConfigError("rate and load both say how fast requests come: give one")
-        for name in ("num_requests", "rate", "load", "kv_tokens", "max_num_seqs", "max_num_batched_tokens", "page_size"):
+        for name in self.swap.split(","):
+            if name.strip() not in _SWAPS:
+                raise ConfigError(f"swap: there is no {name.strip()!r}: known are {', '.join(_SWAPS)}")
+        for name in ("num_requests", "rate", "load", "kv_tokens", "host_bytes", "max_num_seqs", "max_num_batched_tokens", "page_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")
@@ -122,19 +133,21 @@ def _simulate(config: Config) -> dict[str, Any]:
     if rate is not None:
         trace = trace.at_rate(rate)
     policies = {}
-    for name in names:
-        start = time.perf_counter()
-        policies[name] = figures(simulate(trace, cost, *settings[name]), slo)
-        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    swaps = [swap.strip() for swap in config.swap.split(",")]
+    for name, swap in itertools.product(names, swaps):
+        start, label = time.perf_counter(), name if len(swaps) == 1 else f"{name}+{swap}"
+        outcome = simulate(trace, cost, *settings[name], swap=swap, host_bytes=config.host_bytes)
+        policies[label] = figures(outcome, slo)
+        print(f"{label}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
     _print_table(policies)
     described = {"requests": len(trace), "requests_per_s": trace.rate if len(trace) > 1 else None, "machine": config.machine, **limits}
     return {"policies": policies, **described}
 
 
-_COLUMNS = ("mean_ttft_s", "p99_ttft_s", "mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_itl_s", "preemptions")
+_COLUMNS = ("mean_ttft_s", "p99_ttft_s", "mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_itl_s", "preemptions", "exposed_swap_s")
 
 
 def _print_table(policies: dict[str, dict[str, float]]) -> None:
     print(f"{'':18}" + "".join(f"{name.removesuffix('_s').replace('normalized_latency', 'norm'):>13}" for name in _COLUMNS))
     for name, figures in policies.items():
-        print(f"{name:18}" + "".join(f"{figures[column]:13.4g}" for column in _COLUMNS))
+        print(f"{name:22}" + "".join(f"{figures[column]:13.4g}" for column in _COLUMNS))

@@ -123,6 +123,14 @@ class Policy:
         """When all have to be ranked anew because of a sequence that has come, has begun to run, or has begun to wait."""
         return NEVER
 
+    def turn_left(self, sequence: Sequence) -> float:
+        """Seconds that a sequence may run, or go on running, before others come first: for estimates."""
+        return 1.0
+
+    def promoted(self, sequence: Sequence) -> float:
+        """The moment when one that waits comes first for having waited so long."""
+        return NEVER
+
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:
         """Whether a waiting sequence may take a running one's place, their ranks being this way round."""
         return True

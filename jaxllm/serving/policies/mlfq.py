@@ -72,5 +72,11 @@ class Mlfq(Policy):
     def _join(self, s: Sequence, level: int, now: float) -> None:
         s.level, s.spent, s.rank = level, s.service, (level, now, s.arrival, s.number)
 
+    def turn_left(self, sequence: Sequence) -> float:
+        return max(0.0, self.quantum(sequence.level) - (sequence.service - sequence.spent))
+
+    def promoted(self, sequence: Sequence) -> float:
+        return sequence.turn + self.starvation_s if sequence.level else NEVER
+
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:
         return waiting.level < running.level
