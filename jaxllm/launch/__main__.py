@@ -36,6 +36,7 @@ COMMANDS = {
     "kernels": ("jaxllm.launch.kernels", "Compile the attention kernels for chips that are not here, and list what compiles."),
     "simulate": ("jaxllm.launch.simulate", "Run the scheduler without a device: serve a trace, or derive a recorded run's plans again."),
     "study": ("jaxllm.launch.study", "Compare scheduling policies over workloads, batch sizes and loads, without a device."),
+    "sweep": ("jaxllm.launch.sweep", "Tell how much load each scheduling policy bears at equal latency, without a device."),
     "train": ("jaxllm.launch.train", "Fine-tune a model, all of it or an adapter."),
     "plot": ("jaxllm.launch.plot", "Draw what a training run told, as a PNG."),
     "doctor": ("jaxllm.launch.doctor", "Show versions, devices, memory, caches and settings, and check that the device computes."),

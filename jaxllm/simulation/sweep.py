@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.config import unknown
+from jaxllm.errors import ConfigError
 from jaxllm.simulation.cost import CostModel
 from jaxllm.simulation.load import saturation
 from jaxllm.simulation.metrics import figures
 from jaxllm.simulation.simulate import limits_of, simulate
-from jaxllm.simulation.tier import Swap
+from jaxllm.simulation.tier import SWAPS, Swap
 from jaxllm.simulation.traces import Trace
 
 LATENCY = "mean_normalized_latency_s"
@@ -30,6 +32,14 @@ class Contender:
     @property
     def label(self) -> str:
         return self.policy if self.swap == "recompute" else f"{self.policy}+{self.swap}"
+
+
+def contender(label: str, options: dict[str, dict[str, Any]]) -> Contender:
+    """Of `policy` or `policy+swap`; `options`: constants by policy. Raises ConfigError."""
+    policy, _, swap = label.partition("+")
+    if swap and swap not in SWAPS:
+        raise ConfigError(unknown(swap, list(SWAPS), noun="way to swap"))
+    return Contender(policy, swap or "recompute", options.get(policy))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jaxllm.serving.scheduler import ScheduledSequence, Scheduler, SchedulerConf
 from jaxllm.simulation.cost import CostModel
 
 Swap = Literal["recompute", "reactive", "proactive"]
+SWAPS: tuple[Swap, ...] = ("recompute", "reactive", "proactive")
 _SPARE = 0.05  # of the device's pages are not filled ahead of need, for those who come
 
 
