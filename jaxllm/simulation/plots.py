@@ -59,6 +59,7 @@ def gantt(timelines: dict[str, Timeline], arrivals: Sequence[float]) -> Figure:
             for kind in ("prompt", "draws"):
                 bars = [(begin, end - begin) for begin, end, k in spans if k == kind]
                 axes.broken_barh(bars, (row - 0.35, 0.7), color=_COLOURS[kind])
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set(title=name, xlim=(0, last), ylim=(rows - 0.4, -0.6), ylabel="request")
     axes.set_xlabel("seconds (grey: waits, orange: prompt, blue: draws tokens)")
     return figure

@@ -62,9 +62,8 @@ class TieredPool(PagePool):
         return page
 
     def unsaved(self) -> list[tuple[float, int]]:
-        """(turn of its owner, name) of the cached pages that are worth saving and have not been saved."""
-        named = [self._name[page] for page in self._cached]
-        return [(self.turns.get(self.owner[n], NEVER), n) for n in named if n in self.owner and n not in self.host]
+        """(turn of its owner, name) of the pages on the device that are worth saving and have not been saved."""
+        return [(self.turns.get(s, NEVER), name) for name, s in self.owner.items() if name in self._page and name not in self.host]
 
     def on_device(self, name: int) -> bool:
         return name in self._page

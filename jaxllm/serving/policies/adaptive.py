@@ -60,11 +60,14 @@ class Adaptive(Policy):
         return now + self.review_s
 
     def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
-        most, lengths = self.most_s, book.lengths
+        most, lengths, prompts = self.most_s, book.lengths, self.prompt_weight * book.prompts / (book.ended + 1)
+        # Where most of the work is prompts, it is known beforehand, and short ones can be let past without pushing back those who turn
+        # out to be long: handicaps can be larger. Nearly 1 where outputs are most of it.
+        guessed = 1 - (prompts / (lengths.mean + prompts)) ** 2
         if most is None:
             longest_wait = now - min([s.arrived for s in waiting], default=now)
-            most = max(self.patience * (book.service + _FIRST_SERVICE_S) / (book.ended + 1), self.backlog * longest_wait)
-        token_s = most / (self.reach * (lengths.mean + self.prompt_weight * book.prompts / (book.ended + 1)))
+            most = max(self.patience * (book.service + _FIRST_SERVICE_S) / (book.ended + 1), self.backlog * longest_wait) / guessed
+        token_s = most * guessed / (self.reach * (lengths.mean + prompts))
         # The work of those who wait does not change: they are ranked anew when what is known of all has.
         if moved := abs(token_s - book.token_s) > _MOVED * book.token_s or abs(most - book.most) > _MOVED * book.most:
             book.token_s, book.most = token_s, most
