@@ -1,6 +1,7 @@
 """A tenant that floods the machine."""
 
 import numpy as np
+
 from jaxllm.simulation import MACHINES, Arrivals, Trace, draw_workload, limits_of, simulate
 
 MACHINE = MACHINES["opt-13b/a100"]
