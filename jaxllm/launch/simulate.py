@@ -80,17 +80,8 @@ class Config(Command):
             raise ConfigError("give one of --trace, --workload and --replay: what to simulate")
         if self.rate is not None and self.load is not None:
             raise ConfigError("rate and load both say how fast requests come: give one")
-        for name in (
-            "num_requests",
-            "rate",
-            "load",
-            "kv_tokens",
-            "host_bytes",
-            "plot_requests",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "page_size",
-        ):
+        memory, limits = ("kv_tokens", "host_bytes"), ("max_num_seqs", "max_num_batched_tokens", "page_size")
+        for name in ("num_requests", "rate", "load", "plot_requests", *memory, *limits):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")
