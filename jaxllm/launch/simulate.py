@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jaxllm.config import unknown
 from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
 
@@ -50,6 +52,10 @@ class Config(Command):
     "Policies to compare, by commas (docs/scheduling.md)."
     policy_options: dict[str, float] = field(default_factory=dict)
     "Constants of the policy, if there is one only."
+    swap: str = "recompute"
+    "What becomes of the pages of those who give up their places, or several to compare, by commas: recompute, reactive, proactive."
+    host_bytes: float = float("inf")
+    "Host memory for swapped pages."
     max_num_seqs: int = 64
     "Sequences that run at the same time."
     max_num_batched_tokens: int = 512
@@ -64,13 +70,18 @@ class Config(Command):
     "For the goodput: each further one within so many seconds, on average."
     seed: int = 0
     "Draws the requests."
+    plot: str | None = None
+    "Draw when each of the first requests waited and ran, under each policy, to this file (.png, .svg)."
+    plot_requests: int = 30
+    "How many of them."
 
     def __post_init__(self) -> None:
         if sum(source is not None for source in (self.replay, self.trace, self.workload)) != 1:
             raise ConfigError("give one of --trace, --workload and --replay: what to simulate")
         if self.rate is not None and self.load is not None:
             raise ConfigError("rate and load both say how fast requests come: give one")
-        for name in ("num_requests", "rate", "load", "kv_tokens", "max_num_seqs", "max_num_batched_tokens", "page_size"):
+        memory, limits = ("kv_tokens", "host_bytes"), ("max_num_seqs", "max_num_batched_tokens", "page_size")
+        for name in ("num_requests", "rate", "load", "plot_requests", *memory, *limits):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, got {value}")
@@ -95,6 +106,8 @@ def _replay(config: Config) -> dict[str, Any]:
 def _simulate(config: Config) -> dict[str, Any]:
     from jaxllm.simulation import Arrivals, Slo, cost_model, draw_workload, figures, limits_of, read_trace, simulate
     from jaxllm.simulation.load import saturation
+    from jaxllm.simulation.plots import Timeline, gantt, make_figure, save
+    from jaxllm.simulation.tier import SWAPS
 
     cost = cost_model(config.machine)
     if config.kv_tokens is not None:
@@ -103,6 +116,10 @@ def _simulate(config: Config) -> dict[str, Any]:
     slo = Slo(config.slo_ttft_s, config.slo_tpot_s)
     names = [name.strip() for name in config.policy.split(",")]
     options = {name: int(value) if value.is_integer() else value for name, value in config.policy_options.items()}
+    swaps = [swap.strip() for swap in config.swap.split(",")]
+    for swap in swaps:
+        if swap not in SWAPS:
+            raise ConfigError(unknown(swap, list(SWAPS), noun="way to swap"))
     settings = {name: limits_of(cost, policy=name, options=options, **limits) for name in names}
     longest = min(cost.max_model_len, cost.kv_tokens // config.page_size * config.page_size)
     if config.trace is not None:
@@ -121,20 +138,35 @@ def _simulate(config: Config) -> dict[str, Any]:
         rate = config.load * saturation(trace, cost, **limits)
     if rate is not None:
         trace = trace.at_rate(rate)
-    policies = {}
-    for name in names:
-        start = time.perf_counter()
-        policies[name] = figures(simulate(trace, cost, *settings[name]), slo)
-        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    policies, timelines = {}, {}
+    if config.plot is not None:
+        make_figure(1, 1)  # without matplotlib it says so now
+    for name, swap in itertools.product(names, swaps):
+        start, label = time.perf_counter(), name if len(swaps) == 1 else f"{name}+{swap}"
+        timeline = None if config.plot is None else timelines.setdefault(label, Timeline(min(config.plot_requests, len(trace))))
+        outcome = simulate(trace, cost, *settings[name], swap=swap, host_bytes=config.host_bytes, watch=timeline)
+        policies[label] = figures(outcome, slo)
+        print(f"{label}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
     _print_table(policies)
+    if config.plot is not None:
+        print(f"wrote {save(gantt(timelines, trace.arrivals), config.plot)}", file=sys.stderr)
     described = {"requests": len(trace), "requests_per_s": trace.rate if len(trace) > 1 else None, "machine": config.machine, **limits}
     return {"policies": policies, **described}
 
 
-_COLUMNS = ("mean_ttft_s", "p99_ttft_s", "mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_itl_s", "preemptions")
+_COLUMNS = (
+    "mean_ttft_s",
+    "p99_ttft_s",
+    "mean_jct_s",
+    "p99_jct_s",
+    "mean_normalized_latency_s",
+    "p99_itl_s",
+    "preemptions",
+    "exposed_swap_s",
+)
 
 
 def _print_table(policies: dict[str, dict[str, float]]) -> None:
-    print(f"{'':18}" + "".join(f"{name.removesuffix('_s').replace('normalized_latency', 'norm'):>13}" for name in _COLUMNS))
+    print(f"{'':22}" + "".join(f"{name.removesuffix('_s').replace('normalized_latency', 'norm'):>13}" for name in _COLUMNS))
     for name, figures in policies.items():
-        print(f"{name:18}" + "".join(f"{figures[column]:13.4g}" for column in _COLUMNS))
+        print(f"{name:22}" + "".join(f"{figures[column]:13.4g}" for column in _COLUMNS))

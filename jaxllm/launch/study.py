@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,9 @@ class Config(Command):
     mlfq_starvation_s: float = 30.0
     "mlfq's alpha; with the 3 s of FastServe's artifact it does little but recompute under load."
 
+    plot: str | None = None
+    "Draw normalized latency against load, a panel for each workload and batch size, to this file (.png, .svg)."
+
     def __post_init__(self) -> None:
         if "fcfs" not in self.policy.split(","):
             raise ConfigError("policy must have fcfs in it: the others are measured by it")
@@ -55,7 +59,8 @@ class Config(Command):
 
 def run(config: Config) -> dict[str, Any]:
     from jaxllm.simulation import Arrivals, cost_model, draw_workload, read_trace
-    from jaxllm.simulation.study import ORACLE, judge, study
+    from jaxllm.simulation.plots import curves, make_figure, save
+    from jaxllm.simulation.study import FIGURES, ORACLE, judge, study
 
     policies = [name.strip() for name in config.policy.split(",")]
     opt, llama = cost_model("opt-13b/a100"), cost_model("llama-8b/h100")
@@ -68,12 +73,18 @@ def run(config: Config) -> dict[str, Any]:
         workloads[Path(path).stem] = (lambda seed, whole=whole: whole.part(seed * config.num_requests, config.num_requests), llama)
     mlfq = {"mlfq": {"starvation_s": config.mlfq_starvation_s}}
     settings = dict(max_num_batched_tokens=512, page_size=16, options=mlfq, seeds=range(config.seeds))
-    cases, met = [], {}
+    cases, met, panels = [], {}, {}
+    if config.plot is not None:
+        make_figure(1, 1)  # without matplotlib it says so now
     for case in study(workloads, policies=policies, batch_sizes=config.batch_sizes, loads=config.loads, **settings):
         print(f"{case.workload}, {case.max_num_seqs} at a time, {100 * case.load:.0f}% of saturation; by fcfs:")
         for name in policies:
             ratios = [case.ratio(name, figure) for figure in ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_ttft_s")]
             print(f"  {name:10} JCT {ratios[0]:6.3f}  P99 JCT {ratios[1]:6.3f}  normalized {ratios[2]:6.3f}  P99 TTFT {ratios[3]:6.3f}")
+        loads, lines = panels.setdefault(f"{case.workload}, {case.max_num_seqs} at a time", ([], {}))
+        loads.append(case.load)
+        for name in policies:
+            lines.setdefault(name, []).append(case.figures[name][FIGURES[2]])
         judged = judge(case) if "adaptive" in policies else {}
         if judged and ORACLE in policies:
             print(f"  adaptive: mean JCT {case.ratio('adaptive', 'mean_jct_s', to=ORACLE):.3f} times that of {ORACLE}")
@@ -84,6 +95,8 @@ def run(config: Config) -> dict[str, Any]:
             print(f"  adaptive: {name} {value:.3f}{'' if good else ', which is not good enough'}")
         described = {"workload": case.workload, "max_num_seqs": case.max_num_seqs, "load": case.load, "policies": case.figures}
         cases.append(described | {"judged": {name: {"value": value, "met": good} for name, (value, good) in judged.items()}})
+    if config.plot is not None:
+        print(f"wrote {save(curves(panels), config.plot)}", file=sys.stderr)
     for name, (good, of) in met.items():
         print(f"adaptive: {name} met in {good} of {of}")
     return {"cases": cases, "met": {name: {"met": good, "of": of} for name, (good, of) in met.items()}}

@@ -174,7 +174,7 @@ class Scheduler:
         sequence = Sequence(
             id, num_prompt, max_tokens, arrival, self._num_added, priority, member, arrived, num_tokens=num_tokens, turn=now
         )
-        sequence.rank = self.policy.rank(sequence, now)
+        sequence.rank = self.policy.rank(sequence, self.book, now)
         self.next_review = min(self.next_review, self.policy.due(sequence, now))
         self._unsettled = True
         sequence.outgrown = limit is not None and num_tokens > limit
@@ -329,8 +329,6 @@ class Scheduler:
         if now < self.next_review:
             return
         self.next_review = self.policy.review(self.running, self.waiting, self.book, now)
-        self.running.rerank()
-        self.waiting.rerank()
         self._unsettled = True
 
     def _num_ready(self, sequence: Sequence) -> int:
@@ -464,6 +462,7 @@ class Scheduler:
         sequence.turn = self._now
         sequence.preemptions += 1
         self.num_preemptions += 1
+        sequence.rank = self.policy.rank_again(sequence, self.book, self._now)
         self.waiting.add(sequence)
         self.next_review = min(self.next_review, self.policy.due(sequence, self._now))
 

@@ -32,7 +32,8 @@ def figures(outcome: Outcome, slo: Slo | None = None) -> dict[str, float]:
     - goodput: the requests a second that met the SLO;
     - jain: Jain's index of the tenants' (of one tenant: the requests') slowdowns: 1 is fair; max_slowdown: the longest normalized
       latency over the median one;
-    - what the scheduler did: steps, preemptions, tokens computed again, tokens found in the prefix cache, how busy the device was.
+    - what the scheduler did: steps, preemptions, tokens computed again, tokens found in the prefix cache, how busy the device was,
+      bytes moved to the host and back, and how long steps waited for them.
     """
     trace = outcome.trace
     ttft, jct = outcome.first_token - trace.arrivals, outcome.finished - trace.arrivals
@@ -61,6 +62,9 @@ def figures(outcome: Outcome, slo: Slo | None = None) -> dict[str, float]:
         "preemptions": outcome.preemptions,
         "recomputed_tokens": outcome.recomputed_tokens,
         "cached_tokens": outcome.cached_tokens,
+        "swapped_in_bytes": outcome.swapped_in_bytes,
+        "swapped_out_bytes": outcome.swapped_out_bytes,
+        "exposed_swap_s": outcome.exposed_swap_s,
     }
 
 

@@ -17,6 +17,7 @@ from jaxllm.serving.kv_cache import PagePool
 from jaxllm.serving.repeat import can_repeat, most_repeats, repeat
 from jaxllm.serving.scheduler import Scheduler, SchedulerConfig, Sequence, StepPlan
 from jaxllm.simulation.cost import CostModel
+from jaxllm.simulation.tier import Swap, SwappingScheduler
 from jaxllm.simulation.traces import Trace
 
 _OWN = 1 << 24  # names of a request's own pages are that far apart
@@ -39,6 +40,9 @@ class Outcome:
     busy_s: float = 0.0
     gaps: np.ndarray = field(default_factory=lambda: np.zeros(0))
     gap_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    swapped_in_bytes: int = 0
+    swapped_out_bytes: int = 0
+    exposed_swap_s: float = 0.0
 
 
 def limits_of(cost: CostModel, *, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, policy: str, options=None):
@@ -62,21 +66,25 @@ def simulate(
     *,
     tell_lengths: bool = False,
     at_once: bool = True,
+    swap: Swap = "recompute",
+    host_bytes: float = float("inf"),
     watch: Callable[[float, float, StepPlan], None] | None = None,
 ) -> Outcome:
     """Runs a trace to its end. `tell_lengths`: the scheduler knows how long each output will be (for an oracle), not only that it
     ends before max_model_len. `at_once=False`: each step for itself. `watch(begin, end, plan)`: called for each plan.
+    `swap`: what becomes of the pages of those who give up their places (`tier.py`), in host memory of `host_bytes`.
 
     Raises ConfigError for a request that can never run.
     """
-    return _Simulation(trace, cost, limits, num_pages, tell_lengths, at_once, watch).run()
+    return _Simulation(trace, cost, limits, num_pages, tell_lengths, at_once, watch, swap, host_bytes).run()
 
 
 class _Simulation:
-    def __init__(self, trace, cost, limits, num_pages, tell_lengths, at_once, watch):
+    def __init__(self, trace, cost, limits, num_pages, tell_lengths, at_once, watch, swap, host_bytes):
         self.trace, self.cost, self.limits, self.watch = trace, cost, limits, watch
         self.at_once = at_once and watch is None
-        self.scheduler = Scheduler(limits, PagePool(num_pages))
+        self.tier = None if swap == "recompute" else SwappingScheduler(limits, num_pages, cost, swap, host_bytes)
+        self.scheduler = self.tier or Scheduler(limits, PagePool(num_pages))
         self.tell_lengths = tell_lengths
         n = len(trace)
         longest = trace.prompts + trace.outputs
@@ -105,11 +113,13 @@ class _Simulation:
                 coming += 1
             plan = scheduler.schedule(now)
             if plan.scheduled:
-                begin = max(now, device_free)
+                begin = max(now, device_free) if self.tier is None else self.tier.begin(now, device_free)
                 seconds = cost.seconds(plan)
                 device_free = begin + seconds
                 self.busy += seconds
                 self.steps += 1
+                if self.tier is not None:
+                    self.tier.meanwhile(begin, device_free)
                 if self.watch is not None:
                     self.watch(begin, device_free, plan)
                 in_flight.append((plan, device_free))
@@ -138,6 +148,7 @@ class _Simulation:
             self.busy,
             np.array(self.gaps),
             np.array(self.gap_counts, np.int64),
+            **({} if self.tier is None else self.tier.figures()),
         )
 
     def add(self, i: int) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxllm.serving.policies.base import Book, Policy, Rank, check_positive
+from jaxllm.serving.policies.base import Book, Policy, Rank, Ranked, check_positive
 
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
 
 _FIRST_SERVICE_S = 1.0  # a guess, until requests have ended
+_MOVED = 0.03  # handicaps that have changed by less are left as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +49,32 @@ class Adaptive(Policy):
         if self.most_s is not None:
             check_positive(self, "most_s", zero=True)
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
-        return (sequence.arrived, sequence.arrival, sequence.number)
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
+        s, index = sequence, book.lengths.indices(self.shortness)
+        work = self.prompt_weight * (s.num_tokens - s.num_computed) + index(s.num_tokens - s.num_prompt)
+        return (s.arrived + min(book.most, book.token_s * work), s.arrival, s.number)
+
+    rank_again = rank
 
     def due(self, sequence: Sequence, now: float) -> float:
-        return now if sequence.slot < 0 else now + self.review_s
+        return now + self.review_s
 
-    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
-        index, most = book.lengths.indices(self.shortness), self.most_s
+    def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
+        most, lengths, prompts = self.most_s, book.lengths, self.prompt_weight * book.prompts / (book.ended + 1)
+        # Where most of the work is prompts, it is known beforehand, and short ones can be let past without pushing back those who turn
+        # out to be long: handicaps can be larger. Nearly 1 where outputs are most of it.
+        guessed = 1 - (prompts / (lengths.mean + prompts)) ** 2
         if most is None:
-            longest_wait = now - min((s.arrived for s in waiting), default=now)
-            most = max(self.patience * (book.service + _FIRST_SERVICE_S) / (book.ended + 1), self.backlog * longest_wait)
-        needed = self.margin * most
-        token_s = most / (self.reach * (book.lengths.mean + self.prompt_weight * book.prompts / (book.ended + 1)))
-        for queue in (running, waiting):
+            longest_wait = now - min([s.arrived for s in waiting], default=now)
+            most = max(self.patience * (book.service + _FIRST_SERVICE_S) / (book.ended + 1), self.backlog * longest_wait) / guessed
+        token_s = most * guessed / (self.reach * (lengths.mean + prompts))
+        # The work of those who wait does not change: they are ranked anew when what is known of all has.
+        if moved := abs(token_s - book.token_s) > _MOVED * book.token_s or abs(most - book.most) > _MOVED * book.most:
+            book.token_s, book.most = token_s, most
+        for queue in (running, waiting) if moved else (running,):
             for s in queue:
-                work = self.prompt_weight * (s.num_tokens - s.num_computed) + index(s.num_tokens - s.num_prompt)
-                s.rank = (s.arrived + min(most, token_s * work), s.arrival, s.number)
-                s.spent = needed
+                s.rank, s.spent = self.rank(s, book, now), self.margin * most
+            queue.rerank()
         return now + self.review_s
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, ClassVar
@@ -51,6 +50,7 @@ class Tenant:
     live: int = 0  # sequences that have not ended
     ended: float = 0.0
     outputs: float = 0.0
+    ahead: float = 0.0  # what `service` will be when all who wait have begun, as `vtc` reckons
 
 
 @dataclass
@@ -62,6 +62,8 @@ class Book:
     ended: float = 0.0  # sequences, the newer the more they count
     service: float = 0.0  # seconds that those ran
     prompts: float = 0.0  # tokens of theirs
+    most: float = 0.0  # the longest handicap, in seconds, and
+    token_s: float = 0.0  # that of a token of work, as `adaptive` has reckoned them last
 
     def join(self, name: str) -> Tenant:
         """A sequence of a tenant comes. One that was away has saved nothing up (VTC, algorithm 2: its counter is lifted)."""
@@ -104,16 +106,29 @@ class Policy:
     preempts: ClassVar[bool] = False  # a waiting sequence may take a running one's place
     uses_priority: ClassVar[bool] = False
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
         """Of a sequence that comes."""
         return (sequence.arrival, sequence.number)
 
-    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
-        """Ranks all anew; returns the moment after which they may be wrong again."""
+    def rank_again(self, sequence: Sequence, book: Book, now: float) -> Rank:
+        """Of a sequence that has given up its place, and waits again."""
+        return sequence.rank
+
+    def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
+        """Ranks those anew whose ranks have changed, and puts them in order (`Ranked.rerank`); returns the moment after which ranks may
+        be wrong again."""
         return NEVER
 
     def due(self, sequence: Sequence, now: float) -> float:
         """When all have to be ranked anew because of a sequence that has come, has begun to run, or has begun to wait."""
+        return NEVER
+
+    def turn_left(self, sequence: Sequence) -> float:
+        """Seconds that a sequence may run, or go on running, before others come first: for estimates."""
+        return 1.0
+
+    def promoted(self, sequence: Sequence) -> float:
+        """The moment when one that waits comes first for having waited so long."""
         return NEVER
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:

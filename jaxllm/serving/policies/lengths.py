@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, check_positive
+from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, Ranked, check_positive
 
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
@@ -29,16 +28,19 @@ class Hrrn(Policy):
     def __post_init__(self) -> None:
         check_positive(self, "token_s", "prompt_weight", "review_s")
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
-        return (-1.0, sequence.arrival, sequence.number)
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
+        sequence.spent = self.token_s * (self.prompt_weight * sequence.num_tokens + book.expected_outputs(sequence))
+        return ((sequence.arrived - now) / sequence.spent, sequence.arrival, sequence.number)
+
+    rank_again = rank
 
     def due(self, sequence: Sequence, now: float) -> float:
         return now + self.review_s
 
-    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
+    def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
         for s in waiting:
-            work = self.token_s * (self.prompt_weight * s.num_tokens + book.expected_outputs(s))
-            s.rank = (-1 - (now - s.arrived) / work, s.arrival, s.number)
+            s.rank = ((s.arrived - now) / s.spent, s.arrival, s.number)
+        waiting.rerank()
         return now + self.review_s if waiting else NEVER
 
 
@@ -53,23 +55,26 @@ class Sjf(Policy):
     "What a token of the prompt costs, in generated tokens."
     ageing: float = 10.0
     "A second of waiting makes up for so many generated tokens: nobody waits for ever."
-    review_s: float = 0.1
-    "Those who wait are compared anew so often."
+    review_s: float = 2.0
+    "Those who wait are looked at again so often: what is known of lengths may have changed."
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_weight", "review_s")
         check_positive(self, "ageing", zero=True)
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
-        return (NEVER, sequence.arrival, sequence.number)
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
+        work = self.prompt_weight * sequence.num_tokens + book.expected_outputs(sequence)
+        return (work + self.ageing * sequence.arrived, sequence.arrival, sequence.number)
+
+    rank_again = rank
 
     def due(self, sequence: Sequence, now: float) -> float:
-        return now
+        return now + self.review_s
 
-    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
+    def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
         for s in waiting:
-            work = self.prompt_weight * s.num_tokens + book.expected_outputs(s)
-            s.rank = (work + self.ageing * s.arrived, s.arrival, s.number)
+            s.rank = self.rank(s, book, now)
+        waiting.rerank()
         return now + self.review_s if waiting else NEVER
 
 
@@ -85,23 +90,25 @@ class Srpt(Policy):
     gain: float = 2.0
     "One takes another's place only if its work is so many times less."
     review_s: float = 0.25
-    "Those who run are compared anew so often."
+    "Those who run are compared anew so often; the work of those who wait does not change."
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_weight", "gain", "review_s")
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
         s = sequence
         left = s.num_prompt + s.max_tokens - s.num_tokens
         return (left + self.prompt_weight * (s.num_tokens - s.num_computed), s.arrival, s.number)
 
+    rank_again = rank
+
     def due(self, sequence: Sequence, now: float) -> float:
         return now + self.review_s
 
-    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
-        for queue in (running, waiting):
-            for s in queue:
-                s.rank = self.rank(s, now)
+    def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
+        for s in running:
+            s.rank = self.rank(s, book, now)
+        running.rerank()
         return now + self.review_s
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:

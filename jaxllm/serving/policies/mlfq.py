@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, check_positive
+from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, Ranked, check_positive
 
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
@@ -43,7 +42,7 @@ class Mlfq(Policy):
         """Seconds."""
         return self.first_quantum_s * self.growth**level
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
         prompt_s = max(self.step_s, sequence.num_tokens * self.prompt_token_s)
         while sequence.level < self.levels - 1 and self.quantum(sequence.level) < prompt_s:
             sequence.level += 1
@@ -55,20 +54,29 @@ class Mlfq(Policy):
             return now + left if sequence.level < self.levels - 1 else NEVER
         return sequence.turn + self.starvation_s if sequence.level else NEVER
 
-    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
-        for s in running:
-            if s.level < self.levels - 1 and s.service - s.spent >= self.quantum(s.level) - 1e-9:
-                self._join(s, s.level + 1, now)
-        for s in waiting:
-            if s.level and now - s.turn >= self.starvation_s:
-                self._join(s, 0, now)
+    def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
         quanta, last = [self.quantum(level) for level in range(self.levels)], self.levels - 1
-        runs = [quanta[s.level] - s.service + s.spent for s in running if s.level < last]
-        waits = [s.turn for s in waiting if s.level]
-        return min(now + min(runs, default=NEVER), min(waits, default=NEVER) + self.starvation_s)
+        if spent := [s for s in running if s.level < last and s.service - s.spent >= quanta[s.level] - 1e-9]:
+            for s in spent:
+                self._join(s, s.level + 1, now)
+            running.rerank()
+        starving = min([s.turn for s in waiting if s.level], default=NEVER) + self.starvation_s
+        if starving <= now:
+            for s in waiting:
+                if s.level and now - s.turn >= self.starvation_s:
+                    self._join(s, 0, now)
+            waiting.rerank()
+            starving = min([s.turn for s in waiting if s.level], default=NEVER) + self.starvation_s
+        return min(now + min([quanta[s.level] - s.service + s.spent for s in running if s.level < last], default=NEVER), starving)
 
     def _join(self, s: Sequence, level: int, now: float) -> None:
         s.level, s.spent, s.rank = level, s.service, (level, now, s.arrival, s.number)
+
+    def turn_left(self, sequence: Sequence) -> float:
+        return max(0.0, self.quantum(sequence.level) - (sequence.service - sequence.spent))
+
+    def promoted(self, sequence: Sequence) -> float:
+        return sequence.turn + self.starvation_s if sequence.level else NEVER
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:
         return waiting.level < running.level

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxllm.serving.policies.base import Policy, Rank
+from jaxllm.serving.policies.base import Book, Policy, Rank
 
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
@@ -22,7 +22,7 @@ class Priority(Policy):
 
     uses_priority = True
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
         return (sequence.priority, sequence.arrival, sequence.number)
 
 

@@ -11,11 +11,15 @@ _EDGES = [2 ** (i / _BINS_PER_OCTAVE) for i in range(_BINS + 1)]
 _MIDDLES = [(a + b) / 2 for a, b in zip(_EDGES, _EDGES[1:], strict=False)]
 _PRIOR = 256.0  # tokens: before anything has ended
 _FORGET = 0.999  # the weight of a sequence's length falls by so much with each further one
-_RENEW = 32  # sequences that end before what is derived from them is derived anew
+_RENEW = 64  # sequences that end before what is derived from them is derived anew
 
 
 def _bin(tokens: float) -> int:
     return min(_BINS - 1, int(_BINS_PER_OCTAVE * log2(tokens))) if tokens > 1 else 0
+
+
+_TABLE = 8192
+_BIN_OF = [_bin(tokens) for tokens in range(_TABLE)]
 
 
 class Lengths:
@@ -64,7 +68,7 @@ class Lengths:
         if self._derived_at < 0 or self._num_added >= self._derived_at + _RENEW:
             self._derive(shortness)
         indices = self._indices
-        return lambda drawn: indices[_bin(drawn)]
+        return lambda drawn: indices[_BIN_OF[drawn] if drawn < _TABLE else _bin(drawn)]
 
     def _derive(self, shortness: float) -> None:
         worth = [(self.mean / middle) ** shortness for middle in _MIDDLES]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from jaxllm.errors import ConfigError
-from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, check_positive
+from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, Ranked, Tenant, check_positive
 
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
+
+by_number = attrgetter("number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Vtc(Policy):
 
     weights: dict[str, float] = field(default_factory=dict)
     "Shares of tenants; 1 for those that are not named."
-    review_s: float = 0.05
+    review_s: float = 0.1
     "Tenants are compared anew so often."
 
     def __post_init__(self) -> None:
@@ -32,24 +34,36 @@ class Vtc(Policy):
             if not weight > 0:
                 raise ConfigError(f"vtc: the weight of tenant {name!r} must be above 0, not {weight!r}")
 
-    def rank(self, sequence: Sequence, now: float) -> Rank:
-        return (NEVER, sequence.arrival, sequence.number)
+    def _share(self, tenant: Tenant) -> float:
+        return tenant.service / self.weights.get(tenant.name, 1.0)
+
+    def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
+        tenant = sequence.tenant
+        before = max(self._share(tenant), tenant.ahead)
+        tenant.ahead = before + sequence.num_tokens / self.weights.get(tenant.name, 1.0)
+        return (before, sequence.arrival, sequence.number)
+
+    def rank_again(self, sequence: Sequence, book: Book, now: float) -> Rank:
+        return (self._share(sequence.tenant), sequence.arrival, sequence.number)
 
     def due(self, sequence: Sequence, now: float) -> float:
-        return now if sequence.slot < 0 else NEVER
+        return now + self.review_s
 
-    def review(self, running: Seq[Sequence], waiting: Seq[Sequence], book: Book, now: float) -> float:
-        share = lambda tenant: tenant.service / self.weights.get(tenant.name, 1.0)
+    def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
         for s in running:
-            s.rank = (share(s.tenant), s.arrival, s.number)
+            s.rank = (self._share(s.tenant), s.arrival, s.number)
         # As if all who wait were admitted at once, each prompt counted when its turn comes: else one tenant took all places that a
         # step frees.
-        counters: dict[str, float] = {}
-        for s in sorted(waiting, key=lambda s: s.number):
-            name = s.tenant.name
-            before = counters.get(name)
-            if before is None:
-                before = share(s.tenant)
-            s.rank = (before, s.arrival, s.number)
-            counters[name] = before + s.num_tokens / self.weights.get(name, 1.0)
+        by_tenant: dict[Tenant, list[Sequence]] = {}
+        for s in waiting:
+            by_tenant.setdefault(s.tenant, []).append(s)
+        for tenant, sequences in by_tenant.items():
+            before, weight = self._share(tenant), self.weights.get(tenant.name, 1.0)
+            sequences.sort(key=by_number)
+            for s in sequences:
+                s.rank = (before, s.arrival, s.number)
+                before += s.num_tokens / weight
+            tenant.ahead = before
+        running.rerank()
+        waiting.rerank()
         return now + self.review_s if waiting else NEVER
