@@ -67,6 +67,10 @@ class Config(Command):
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tensor is not None and self.tensor < 1:
             raise ConfigError(f"tensor must be at least 1, got {self.tensor}")
+        if (file := self.plot) is not None and not (
+            file.endswith((".png", ".svg", ".pdf")) and Path(file).expanduser().absolute().parent.is_dir()
+        ):
+            raise ConfigError(f"plot={file}: give a file that ends in .png, .svg or .pdf, in a folder that exists")
         if self.train is None and (self.model is None or self.batch_size is not None):
             raise ConfigError("name a model to serve" if self.model is None else "batch_size is of a training step: give --train")
 
@@ -76,8 +80,11 @@ def run(config: Config) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from jaxllm.pictures import make_figure
     from jaxllm.planning import find_topology, plan_serving
 
+    if config.plot is not None:
+        make_figure(1, 1)  # without matplotlib it says so now
     if config.optimization_level != "default":
         jax.config.update("jax_optimization_level", config.optimization_level)
     if config.train is not None:
@@ -118,10 +125,10 @@ def _run_training(config: Config) -> dict[str, Any]:
 
 def _draw(config: Config, plan: ServingPlan | TrainingPlan, title: str) -> None:
     if config.plot is not None:
-        from jaxllm.launch.pictures import save_figure
+        from jaxllm.pictures import save_figure
         from jaxllm.planning.plots import plot_plan
 
-        print(f"wrote {save_figure(plot_plan(plan, title), config.plot, flag='--plot')}", file=sys.stderr)
+        print(f"wrote {save_figure(plot_plan(plan, title), config.plot)}", file=sys.stderr)
 
 
 def read_model_config(name: str) -> ModelConfig:

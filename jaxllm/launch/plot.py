@@ -26,7 +26,7 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
-    from jaxllm.launch.pictures import save_figure
+    from jaxllm.pictures import save_figure
     from jaxllm.training import plot_run
 
     figure = plot_run(config.run)

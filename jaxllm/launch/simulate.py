@@ -104,9 +104,10 @@ def _replay(config: Config) -> dict[str, Any]:
 
 
 def _simulate(config: Config) -> dict[str, Any]:
+    from jaxllm.pictures import make_figure, save_figure
     from jaxllm.simulation import Arrivals, Slo, cost_model, draw_workload, figures, limits_of, read_trace, simulate
     from jaxllm.simulation.load import saturation
-    from jaxllm.simulation.plots import Timeline, gantt, make_figure, save
+    from jaxllm.simulation.plots import Timeline, gantt
     from jaxllm.simulation.tier import SWAPS
 
     cost = cost_model(config.machine)
@@ -149,7 +150,7 @@ def _simulate(config: Config) -> dict[str, Any]:
         print(f"{label}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
     _print_table(policies)
     if config.plot is not None:
-        print(f"wrote {save(gantt(timelines, trace.arrivals), config.plot)}", file=sys.stderr)
+        print(f"wrote {save_figure(gantt(timelines, trace.arrivals), config.plot)}", file=sys.stderr)
     described = {"requests": len(trace), "requests_per_s": trace.rate if len(trace) > 1 else None, "machine": config.machine, **limits}
     return {"policies": policies, **described}
 

@@ -58,8 +58,9 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
+    from jaxllm.pictures import make_figure, save_figure
     from jaxllm.simulation import Arrivals, cost_model, draw_workload, read_trace
-    from jaxllm.simulation.plots import curves, make_figure, save
+    from jaxllm.simulation.plots import curves
     from jaxllm.simulation.study import FIGURES, ORACLE, judge, study
 
     policies = [name.strip() for name in config.policy.split(",")]
@@ -96,7 +97,7 @@ def run(config: Config) -> dict[str, Any]:
         described = {"workload": case.workload, "max_num_seqs": case.max_num_seqs, "load": case.load, "policies": case.figures}
         cases.append(described | {"judged": {name: {"value": value, "met": good} for name, (value, good) in judged.items()}})
     if config.plot is not None:
-        print(f"wrote {save(curves(panels), config.plot)}", file=sys.stderr)
+        print(f"wrote {save_figure(curves(panels), config.plot)}", file=sys.stderr)
     for name, (good, of) in met.items():
         print(f"adaptive: {name} met in {good} of {of}")
     return {"cases": cases, "met": {name: {"met": good, "of": of} for name, (good, of) in met.items()}}

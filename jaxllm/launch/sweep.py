@@ -59,8 +59,9 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
+    from jaxllm.pictures import make_figure, save_figure
     from jaxllm.simulation import Arrivals, cost_model, draw_workload
-    from jaxllm.simulation.plots import curves, make_figure, save
+    from jaxllm.simulation.plots import curves
     from jaxllm.simulation.sweep import contender, gains, sweep
 
     if config.plot is not None:
@@ -81,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{label:24}" + "".join("       -" if ratio is None else f"{ratio:8.2f}" for ratio in ratios))
     if config.plot is not None:
         title = f"{config.workload}, {config.max_num_seqs} at a time"
-        print(f"wrote {save(curves({title: (loads, lines)}), config.plot)}", file=sys.stderr)
+        print(f"wrote {save_figure(curves({title: (loads, lines)}), config.plot)}", file=sys.stderr)
     return {
         "loads": loads,
         "saturation_requests_per_s": result.saturation,

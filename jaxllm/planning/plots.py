@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from jaxllm.errors import ConfigError
+from jaxllm.pictures import make_figure
 from jaxllm.planning.chips import CHIPS
 from jaxllm.planning.serving import ServingPlan
 from jaxllm.planning.training import TrainingPlan
@@ -17,11 +17,7 @@ _GIB = 2**30
 def plot_plan(plan: ServingPlan | TrainingPlan, title: str = "") -> "Figure":
     """A matplotlib figure of a plan: each step under the chip's roofline (Williams et al., CACM 52(4), 2009), a dot where the bound puts it
     and a cross where the compiler's estimate does; and what a chip's memory holds. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'jaxllm[watch]'") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = make_figure(10, 4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     _roofline(left, plan)
     _memory(right, plan.per_chip_bytes)

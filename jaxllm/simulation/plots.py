@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jaxllm.errors import ConfigError
+from jaxllm.pictures import make_figure
 from jaxllm.simulation.sweep import LATENCY
 
 if TYPE_CHECKING:
@@ -32,17 +31,6 @@ class Timeline:
                 spans[-1] = (spans[-1][0], end, kind)
             else:
                 spans.append((begin, end, kind))
-
-
-def make_figure(width: float, height: float) -> Figure:
-    """An empty one, in inches. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'jaxllm[watch]'") from error
-    rcParams["svg.hashsalt"] = "jaxllm"  # the same picture is the same file
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def gantt(timelines: dict[str, Timeline], arrivals: Sequence[float]) -> Figure:
@@ -79,13 +67,3 @@ def curves(panels: dict[str, tuple[Sequence[float], dict[str, Sequence[float]]]]
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure
-
-
-def save(figure: Any, path: str) -> str:
-    """Writes a picture; its name's ending says which kind. Raises ConfigError."""
-    out = Path(path).expanduser()
-    try:
-        figure.savefig(out, dpi=100, metadata={"Date": None} if out.suffix == ".svg" else None)
-    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
-        raise ConfigError(f"cannot write {out} ({error}): give another --plot") from error
-    return str(out)

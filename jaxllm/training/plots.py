@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.errors import ConfigError
+from jaxllm.pictures import make_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,17 +17,13 @@ _APART = ("step", "tokens", "skipped_steps")  # what only counts up
 def plot_run(run: str | Path) -> "Figure":
     """A matplotlib figure of what a run told, a panel for each number (the training and the evaluation of one share theirs):
     `plot_run("runs/first").savefig("first.png")`; a notebook shows it. Raises ConfigError for a folder without metrics."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'jaxllm[watch]'") from error
     lines = read_metrics(run)
     names = list(dict.fromkeys(name.removeprefix("eval_") for line in lines for name in line if name not in _APART))
     panels = [(name, [part for n in (name, f"eval_{name}") if (part := _series(lines, n))[0]]) for name in names]
     panels = [(name, parts) for name, parts in panels if parts]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    figure = make_figure(4.5 * columns, 3 * rows)
     for i, (name, parts) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         for steps, values, label in parts:
