@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,8 @@ from jaxllm.launch.plan_table import print_serving_plan, print_training_plan
 
 if TYPE_CHECKING:
     from jaxllm.models import ModelConfig
+    from jaxllm.planning import ServingPlan
+    from jaxllm.planning.training import TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,8 @@ class Config(Command):
     "Of the KV cache, if another."
     optimization_level: Literal["default", "O1"] = "default"
     "O1: the compiler takes less trouble, and a training step a fifth of the time; a serving step is worse for it."
+    plot: str | None = None
+    "A .png to draw the plan to: a roofline, and a chip's memory."
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size"):
@@ -61,6 +66,8 @@ class Config(Command):
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tensor is not None and self.tensor < 1:
             raise ConfigError(f"tensor must be at least 1, got {self.tensor}")
+        if self.plot is not None and (Path(self.plot).suffix != ".png" or not Path(self.plot).expanduser().absolute().parent.is_dir()):
+            raise ConfigError(f"plot={self.plot}: give a file that ends in .png, in a folder that exists")
         if self.train is None and (self.model is None or self.batch_size is not None):
             raise ConfigError("name a model to serve" if self.model is None else "batch_size is of a training step: give --train")
 
@@ -71,7 +78,10 @@ def run(config: Config) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from jaxllm.planning import find_topology, plan_serving
+    from jaxllm.planning.plots import need_matplotlib
 
+    if config.plot is not None:
+        need_matplotlib()
     if config.optimization_level != "default":
         jax.config.update("jax_optimization_level", config.optimization_level)
     if config.train is not None:
@@ -90,6 +100,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     if not config.json:
         print_serving_plan(f"{config.model} on {config.topology}", plan)
+    _draw(config, plan)
     return asdict(plan) | {"model": config.model}
 
 
@@ -103,7 +114,21 @@ def _run_training(config: Config) -> dict[str, Any]:
     plan = plan_training(recipe, read_model_config(recipe.model), find_topology(config.topology))
     if not config.json:
         print_training_plan(f"{recipe.model} on {config.topology}", plan)
+    _draw(config, plan)
     return asdict(plan) | {"model": recipe.model}
+
+
+def _draw(config: Config, plan: ServingPlan | TrainingPlan) -> None:
+    if config.plot is None:
+        return
+    from jaxllm.planning.plots import plot_plan
+
+    try:
+        plot_plan(plan).savefig(Path(config.plot).expanduser(), dpi=120)
+    except OSError as error:  # the plan was told, and took long: it is not lost to a full disk
+        print(f"cannot write {config.plot} ({error})", file=sys.stderr)
+        return
+    print(f"wrote {config.plot}", file=sys.stderr)
 
 
 def read_model_config(name: str) -> ModelConfig:
