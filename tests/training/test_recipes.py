@@ -12,6 +12,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"
 PAIR = {"prompt": "red ->", "chosen": " yes", "rejected": " no"}
 RECORDS = {
     "train.jsonl": [{"prompt": "red ->", "completion": " yes"}] * 160,
+    "eval.jsonl": [{"prompt": "red ->", "completion": " yes"}] * 8,
     "pairs.jsonl": [PAIR] * 8,
     "labels.jsonl": [{"prompt": "red ->", "completion": f" {answer}", "label": answer == "yes"} for answer in ("yes", "no")] * 4,
 }
