@@ -47,8 +47,9 @@ class Config(ServerConfig, Command):
     "Of the KV cache; by default what all sequences need, as far as memory allows."
     enable_prefix_caching: bool | None = None
     "Share the KV cache among requests that begin alike. On by default."
-    scheduling_policy: Literal["fcfs", "priority"] | None = None
-    "fcfs: first come, first served, the default; priority: by the requests' `priority`."
+    scheduling_policy: str | None = None
+    "fcfs: first come, first served, the default; priority: by the requests' `priority`; vtc: fair shares for API keys; and others "
+    "(docs/scheduling.md)."
     max_logprobs: int | None = None
     "The most likely tokens that a request may ask the log-probabilities of; by default 20."
     bundle: str | None = None
@@ -67,8 +68,10 @@ def run(config: Config) -> dict[str, Any]:
     except ImportError as error:
         raise ConfigError(f'serve needs {error.name}: pip install "jaxllm[serve]"') from error
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from jaxllm.server.keys import read_keys
     from jaxllm.server.run import address, listen, run_server
 
+    read_keys(config.keys, config.api_key_file)  # what is wrong there is said before the model is loaded
     listener = listen(config)
     from jaxllm import AsyncLLM
 

@@ -21,6 +21,8 @@ class ServerConfig:
     "Names that requests may call the model by; by default what --model says."
     api_key: tuple[str, ...] = ()
     "Keys of which every request must bring one (better in the environment: JAXLLM_API_KEY, separated by commas)."
+    api_key_file: str | None = None
+    "YAML file of more keys: `name: {key: ..., requests_per_minute: 60, tokens_per_minute: 100000}`; limits may be left out."
     tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "pythonic"] = "auto"
     "How the model writes its calls of tools; auto: as its chat template shows."
     reasoning_parser: Literal["auto", "none", "think"] = "auto"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
@@ -13,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxllm.server.errors import ApiError, as_api_error
+from jaxllm.server.keys import current_client
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import ClientLeft, json_response
 
@@ -27,8 +26,7 @@ class Gate:
     """ASGI middleware."""
 
     def __init__(self, app: ASGIApp, service: Service):
-        self.app, self.config = app, service.config
-        self._keys = [_digest(key.strip()) for key in service.config.keys]
+        self.app, self.config, self._keys = app, service.config, service.keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,21 +58,21 @@ class Gate:
                 self._log(scope, request_id, status or _LEFT, time.perf_counter() - start)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        """Every key is compared, each in the same time whatever is given."""
         if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        if not sum([hmac.compare_digest(_digest(given), known) for known in self._keys]):
+        client = self._keys.find(given)
+        if client is None:
             what = "this API key is not one of this server's" if given else "this server wants an API key: Authorization: Bearer KEY"
             raise ApiError(401, what, code="invalid_api_key")
+        current_client.set(client)
+        scope["state"]["client"] = client.name
 
     def _log(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         client = scope.get("client") or ("-",)
         path = re.sub(r"[^!-~]", "?", scope["path"])  # no line of the log is made up by a client
         line = f"{request_id} {client[0]} {scope['method']} {path} {status} {1e3 * seconds:.1f} ms"
-        access.info("%s user=%.100r" if (user := scope["state"].get("user")) else "%s", *filter(None, (line, user)))
+        told = {name: value for name in ("client", "user") if (value := scope["state"].get(name))}
+        access.info("%s" + "".join(f" {name}=%.100r" for name in told), line, *told.values())
 
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

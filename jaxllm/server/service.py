@@ -11,6 +11,7 @@ from typing import Any
 from jaxllm.errors import RequestError
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.errors import ApiError
+from jaxllm.server.keys import Client, current_client, read_keys
 from jaxllm.server.metrics import Metrics
 from jaxllm.server.tools import guess_parser
 from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
@@ -22,6 +23,7 @@ class Service:
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig):
         self.llm, self.config = llm, config
+        self.keys = read_keys(config.keys, config.api_key_file)
         self.names = config.served_model_name or (llm.config.model,)
         template = None if llm.engine.tokenizer is None else llm.engine.tokenizer.chat_template
         parser = guess_parser(template) if config.tool_call_parser == "auto" else config.tool_call_parser
@@ -71,8 +73,11 @@ class Service:
             raise ApiError(400, f"{message}: send fewer at a time", param="n" if len(prompts) == 1 else "prompt")
         limit = self.config.request_timeout
         deadline = None if limit is None else asyncio.get_running_loop().time() + limit
+        client = current_client.get()
         with self.places(len(prompts)):
-            streams = [self._watched(prompt, params) for prompt in prompts]
+            if client is not None:
+                client.enter()
+            streams = [self._watched(prompt, params, client) for prompt in prompts]
             async with aclosing(merge(streams) if len(streams) > 1 else _alone(streams[0])) as outputs:
                 while True:
                     async with asyncio.timeout_at(deadline):
@@ -81,13 +86,19 @@ class Service:
                         return
                     yield news
 
-    async def _watched(self, prompt: dict[str, Any], params: SamplingParams) -> AsyncIterator[RequestOutput]:
-        watch = None
+    async def _watched(self, prompt: dict[str, Any], params: SamplingParams, client: Client | None) -> AsyncIterator[RequestOutput]:
+        watch, spent = None, 0
+        if client is not None:
+            prompt = prompt | {"tenant": client.name}
         try:
             async with aclosing(self.llm.generate(prompt, params)) as outputs:
                 watch = self.metrics.watch(params)
                 async for output in outputs:
                     watch.news(output)
+                    if client is not None:
+                        tokens = len(output.prompt_token_ids) + sum(len(o.token_ids) for o in output.outputs)
+                        client.spend_tokens(tokens - spent)
+                        spent = tokens
                     yield output
         except RequestError:
             watch = None  # it was refused, so it never ran

@@ -20,6 +20,7 @@ from servers import serving, settled
 from jaxllm import AsyncLLM
 from jaxllm.errors import ConfigError
 from jaxllm.server.config import ServerConfig
+from jaxllm.server.keys import Allowance, read_keys
 from jaxllm.server.run import listen
 
 LONG = {"prompt": "The quick", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
@@ -109,6 +110,59 @@ def test_keys(llm):
 def test_keys_from_the_environment(monkeypatch):
     monkeypatch.setenv("JAXLLM_API_KEY", "a,b")
     assert ServerConfig().keys == ("a", "b") and ServerConfig(api_key=("c",)).keys == ("c",)
+
+
+def test_keys_with_names_and_limits(llm, tmp_path, monkeypatch, caplog):
+    file = tmp_path / "keys.yaml"
+    file.write_text("alice: {key: a, requests_per_minute: 2}\nbob: {key: b, tokens_per_minute: 10}\ncarol: {key: c}\n")
+    tenants, generate = [], llm.generate
+    monkeypatch.setattr(llm, "generate", lambda prompt, *more: tenants.append(prompt["tenant"]) or generate(prompt, *more))
+    caplog.set_level("INFO", "jaxllm.access")
+    with serving(llm, api_key=("z",), api_key_file=str(file)) as (where, _):
+
+        def ask(key, max_tokens=2):
+            return call(where, "/v1/completions", {"prompt": "x", "max_tokens": max_tokens, "ignore_eos": True}, {"X-Api-Key": key})
+
+        assert [ask(key)[0] for key in ("a", "a", "c", "z")] == [200] * 4 and tenants == ["alice", "alice", "carol", "key-0"]
+        status, headers, body = ask("a")
+        assert status == 429 and 25 <= int(headers["Retry-After"]) <= 30 and "requests_per_minute=2" in body["error"]["message"]
+        assert ask("b", 30)[0] == 200
+        status, headers, body = ask("b")
+        assert status == 429 and int(headers["Retry-After"]) > 60 and body["error"]["code"] == "rate_limit_exceeded"
+        assert call(where, "/tokenize", {"prompt": "x"}, {"X-Api-Key": "b"})[0] == 200  # what costs no step is not counted
+        assert ask("c")[0] == 200
+        stream = openai.OpenAI(base_url=f"{where}/v1", api_key="c", max_retries=0).completions.create
+        assert list(stream(model="tiny", prompt="x", max_tokens=2, stream=True)) and tenants[-1] == "carol"
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].endswith("client='alice'") and not any("key=" in line for line in lines)
+
+
+def test_a_minutes_worth_comes_back_in_a_minute():
+    now = 0.0
+    allowance = Allowance(60, clock=lambda: now)
+    allowance.spend(90)
+    assert allowance.seconds_until(1) == pytest.approx(31)
+    now = 31.0
+    assert allowance.seconds_until(1) == 0
+    now = 1000.0
+    assert allowance.seconds_until(60) == 0 and allowance.left == 60  # no more is saved up
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("alice: a", "alice must have entries"),
+        ("alice: {key: ''}", "key must not be empty"),
+        ("alice: {kee: a}", "kee"),
+        ("alice: {key: a, requests_per_minute: 0}", "requests_per_minute must be at least 1"),
+        ("{alice: {key: a}, bob: {key: a}}", "a key is there twice"),
+        ("", "no key in it"),
+    ],
+)
+def test_what_is_wrong_in_a_key_file(tmp_path, text, what):
+    (tmp_path / "keys.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=what):
+        read_keys((), str(tmp_path / "keys.yaml"))
 
 
 def test_limits(llm):
