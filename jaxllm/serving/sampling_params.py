@@ -268,7 +268,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         "structured_outputs",
         None,
         structured.SCHEMA,
-        "one of json (a schema), json_object, regex, choice and grammar",
+        "one of json (a schema), json_object, regex, choice, grammar and structural_tag",
         structured.parse,
         "device",
         'What the text must be, e.g. `{"regex": "[0-9]+"}`; the output ends where nothing more can follow. It needs llguidance.',

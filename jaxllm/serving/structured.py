@@ -28,6 +28,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "regex": {"type": "string"},
     "choice": {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
     "grammar": {"type": "string"},
+    "structural_tag": {"type": ["object", "string"]},
 }
 _ANY_SPACE = {"disable_any_whitespace": {"type": "boolean"}}
 SCHEMA: dict[str, Any] = {
@@ -52,6 +53,7 @@ class StructuredOutputs:
       regex: a regular expression (Rust's, without look-around) for the whole text.
       choice: one of these texts.
       grammar: a context-free grammar, in Lark's form or GBNF (llama.cpp's EBNF).
+      structural_tag: any text, in which each of `triggers` begins one of `structures`: its `begin`, JSON of its `schema`, its `end`.
       disable_any_whitespace: JSON without spaces and new lines between its parts.
     """
 
@@ -60,6 +62,7 @@ class StructuredOutputs:
     regex: str | None = None
     choice: tuple[str, ...] | list[str] | None = None
     grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: bool = False
 
     def __post_init__(self):
@@ -77,9 +80,10 @@ class StructuredOutputs:
             if not isinstance(self.choice, list | tuple) or not self.choice or not all(isinstance(c, str) and c for c in self.choice):
                 raise ValueError("must have choice as a list of texts, none of them empty")
             object.__setattr__(self, "choice", tuple(self.choice))
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", _check_tags(self.structural_tag))
 
-    @property
-    def grammar_text(self) -> str:
+    def grammar_text(self, special_tokens: Collection[str]) -> str:
         """For llguidance. Raises ValueError."""
         import llguidance
 
@@ -89,8 +93,47 @@ class StructuredOutputs:
             return llguidance.grammar_from("choice", json.dumps(self.choice))
         if self.grammar is not None:
             return llguidance.grammar_from("grammar", self.grammar)
+        if self.structural_tag is not None:
+            return _tags_grammar(json.loads(self.structural_tag), special_tokens)
         options = {"whitespace_flexible": False} if self.disable_any_whitespace else None
         return llguidance.LLMatcher.grammar_from_json_schema(self.json or '{"type": "object"}', options)
+
+
+_TAGS = "must have structural_tag as {structures: [{begin, schema, end}, ...], triggers: [text, ...]}"
+
+
+def _check_tags(value: Any) -> str:
+    """As text, so that it cannot change. Raises ValueError."""
+    tags = json.loads(value) if isinstance(value, str) else value
+    if isinstance(tags, dict) and tags.get("type") == "structural_tag" and "format" not in tags:
+        tags = {name: entry for name, entry in tags.items() if name != "type"}
+    if not isinstance(tags, dict) or set(tags) != {"structures", "triggers"}:
+        raise ValueError(_TAGS)
+    structures, triggers = tags["structures"], tags["triggers"]
+    if not all(isinstance(each, list) and each for each in (structures, triggers)) or not all(isinstance(t, str) and t for t in triggers):
+        raise ValueError(_TAGS)
+    for each in structures:
+        if not isinstance(each, dict) or set(each) != {"begin", "schema", "end"}:
+            raise ValueError(_TAGS)
+        if not (isinstance(each["begin"], str) and isinstance(each["end"], str) and isinstance(each["schema"], dict)):
+            raise ValueError(_TAGS)
+        if not any(each["begin"].startswith(trigger) for trigger in triggers):
+            raise ValueError(f"must have a trigger that {each['begin']!r} begins with, in structural_tag")
+    return json.dumps(tags)
+
+
+def _tags_grammar(tags: dict[str, Any], special_tokens: Collection[str]) -> str:
+    """Raises ValueError for triggers of which some are tokens of their own, and others look as if they were."""
+    import llguidance
+
+    made = []
+    for each in tags["structures"]:
+        trigger = next(trigger for trigger in tags["triggers"] if each["begin"].startswith(trigger))
+        made.append(llguidance.StructTag(trigger=trigger, begin=each["begin"], grammar=each["schema"], end=each["end"]))
+    alike = {tag.trigger in special_tokens for tag in made if tag.trigger.startswith("<") and tag.trigger.endswith(">")}
+    if len(alike) > 1:
+        raise ValueError("structural_tag: of triggers in <...> either all or none must be special tokens of this model")
+    return llguidance.StructTag.to_grammar(made, assume_special=alike == {True})
 
 
 def parse(value: Any) -> StructuredOutputs | None:
@@ -128,6 +171,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Collection[int]):
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
+        self._special: frozenset[str] = frozenset()
         self._lock, self._prepared, self._executor = threading.Lock(), None, None
         self._compiled = lru_cache(maxsize=64)(self._compile)
 
@@ -157,6 +201,8 @@ class Grammars:
                     import llguidance
                 except ImportError as error:
                     raise RequestError('structured_outputs needs llguidance: pip install "jaxllm[serve]"') from error
+                added = self._tokenizer.backend.get_added_tokens_decoder().values()
+                self._special = frozenset(token.content for token in added if token.special)
                 backend = self._tokenizer.backend.to_str()
                 self._prepared = llguidance.LLTokenizer(backend, n_vocab=self._vocab_size, eos_token=self._eos)
                 self._executor = llguidance.LLExecutor()
@@ -167,7 +213,7 @@ class Grammars:
         import llguidance
 
         try:
-            grammar = spec.grammar_text
+            grammar = spec.grammar_text(self._special)
         except ValueError as error:
             raise RequestError(f"structured_outputs: {_first_line(str(error))}") from None
         limits = llguidance.LLParserLimits(verbose_errors=False)

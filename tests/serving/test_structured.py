@@ -79,6 +79,28 @@ def test_regex_choice_and_grammar(llm):
     assert text.text.lstrip().startswith("{") and text.finish_reason == "length"
 
 
+TAGS = {
+    "structures": [
+        {"begin": "=int(", "schema": {"type": "integer", "minimum": 0, "maximum": 99}, "end": ")"},
+        {"begin": "=flag(", "schema": {"enum": [True, False]}, "end": ")"},
+    ],
+    "triggers": ["="],
+}
+
+
+def test_structural_tags(llm):
+    """Any text, until a trigger comes."""
+    bias = {i: 6.0 for i in llm.engine.tokenizer.encode("=", add_special_tokens=False)}
+    outputs = llm.generate(
+        ["a"] * 12, [params(seed, structured_outputs={"structural_tag": TAGS}, logit_bias=bias, max_tokens=60) for seed in range(12)]
+    )
+    texts = [output.outputs[0].text for output in outputs]
+    calls = [re.split(r"=", text)[1:] for text in texts]
+    whole = [call for each in calls for call in each[:-1]]  # the last may be cut off
+    assert len(whole) > 12 and all(re.match(r"(int\(\d{1,2}|flag\((true|false))\)", call) for call in whole)
+    assert any(text and not text.startswith("=") for text in texts)
+
+
 def test_several_continuations_stop_strings_and_allowed_tokens(llm):
     three = llm.generate("a", json_params(PERSON, 3, n=3))[0].outputs
     assert len({output.text for output in three}) == 3
@@ -110,6 +132,10 @@ def test_the_end_of_sequence_is_drawn_only_where_it_may_be(llm):
         ({"regex": 3}, "must be one of json"),
         ({"jsn": {}}, "must be one of json"),
         ({"json": "{"}, "must be one of json"),
+        ({"structural_tag": {"structures": []}}, "must be one of json"),
+        ({"structural_tag": TAGS | {"triggers": ["("]}}, "must be one of json"),
+        ({"structural_tag": TAGS | {"triggers": ["="], "at_least_one": True}}, "structural_tag"),
+        ({"structural_tag": {"structures": [TAGS["structures"][0] | {"schema": {"type": "objec"}}], "triggers": ["="]}}, "Invalid type"),
         ({"regex": "(a"}, "unclosed group"),
         ({"json": {"type": "objec"}}, "Invalid type"),
         ({"grammar": 'start: missing "a"'}, "missing"),
