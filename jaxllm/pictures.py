@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MISSING = "plots need matplotlib: pip install 'jaxllm[watch]'"
+_ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_picture(file: str | None) -> None:
+    """Before hours are spent on what a picture is to show: raises ConfigError if it could not be drawn to `file` (None: there is none)."""
+    if file is None:
+        return
+    if not file.endswith(_ENDINGS) or not Path(file).expanduser().absolute().parent.is_dir():
+        raise ConfigError(f"plot={file}: give a file that ends in .png, .svg or .pdf, in a folder that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(_MISSING)
+
+
 def make_figure(width: float, height: float) -> Figure:
     """An empty one, in inches. Raises ConfigError without matplotlib."""
     try:
         from matplotlib import rcParams
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'jaxllm[watch]'") from error
+        raise ConfigError(_MISSING) from error
     rcParams["svg.hashsalt"] = "jaxllm"  # the same picture is the same file
     return Figure(figsize=(width, height), layout="constrained")
 

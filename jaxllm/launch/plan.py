@@ -13,6 +13,7 @@ from jaxllm.config import from_dict, load_yaml
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.launch.command import Command
 from jaxllm.launch.plan_table import print_serving_plan, print_training_plan
+from jaxllm.pictures import check_picture, save_figure
 
 if TYPE_CHECKING:
     from jaxllm.models import ModelConfig
@@ -57,7 +58,6 @@ class Config(Command):
     "Of the KV cache, if another."
     optimization_level: Literal["default", "O1"] = "default"
     "O1: the compiler takes less trouble, and a training step a fifth of the time; a serving step is worse for it."
-
     plot: str | None = None
     "Draw the roofline and the memory of a chip to this file (.png, .svg, .pdf)."
 
@@ -67,10 +67,7 @@ class Config(Command):
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tensor is not None and self.tensor < 1:
             raise ConfigError(f"tensor must be at least 1, got {self.tensor}")
-        if (file := self.plot) is not None and not (
-            file.endswith((".png", ".svg", ".pdf")) and Path(file).expanduser().absolute().parent.is_dir()
-        ):
-            raise ConfigError(f"plot={file}: give a file that ends in .png, .svg or .pdf, in a folder that exists")
+        check_picture(self.plot)
         if self.train is None and (self.model is None or self.batch_size is not None):
             raise ConfigError("name a model to serve" if self.model is None else "batch_size is of a training step: give --train")
 
@@ -80,11 +77,8 @@ def run(config: Config) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxllm.pictures import make_figure
     from jaxllm.planning import find_topology, plan_serving
 
-    if config.plot is not None:
-        make_figure(1, 1)  # without matplotlib it says so now
     if config.optimization_level != "default":
         jax.config.update("jax_optimization_level", config.optimization_level)
     if config.train is not None:
@@ -125,7 +119,6 @@ def _run_training(config: Config) -> dict[str, Any]:
 
 def _draw(config: Config, plan: ServingPlan | TrainingPlan, title: str) -> None:
     if config.plot is not None:
-        from jaxllm.pictures import save_figure
         from jaxllm.planning.plots import plot_plan
 
         print(f"wrote {save_figure(plot_plan(plan, title), config.plot)}", file=sys.stderr)

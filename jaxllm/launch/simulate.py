@@ -11,6 +11,7 @@ from typing import Any
 from jaxllm.config import unknown
 from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
+from jaxllm.pictures import check_picture, save_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class Config(Command):
     "How many of them."
 
     def __post_init__(self) -> None:
+        check_picture(self.plot)
         if sum(source is not None for source in (self.replay, self.trace, self.workload)) != 1:
             raise ConfigError("give one of --trace, --workload and --replay: what to simulate")
         if self.rate is not None and self.load is not None:
@@ -104,7 +106,6 @@ def _replay(config: Config) -> dict[str, Any]:
 
 
 def _simulate(config: Config) -> dict[str, Any]:
-    from jaxllm.pictures import make_figure, save_figure
     from jaxllm.simulation import Arrivals, Slo, cost_model, draw_workload, figures, limits_of, read_trace, simulate
     from jaxllm.simulation.load import saturation
     from jaxllm.simulation.plots import Timeline, gantt
@@ -140,8 +141,6 @@ def _simulate(config: Config) -> dict[str, Any]:
     if rate is not None:
         trace = trace.at_rate(rate)
     policies, timelines = {}, {}
-    if config.plot is not None:
-        make_figure(1, 1)  # without matplotlib it says so now
     for name, swap in itertools.product(names, swaps):
         start, label = time.perf_counter(), name if len(swaps) == 1 else f"{name}+{swap}"
         timeline = None if config.plot is None else timelines.setdefault(label, Timeline(min(config.plot_requests, len(trace))))

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
+from jaxllm.pictures import check_picture, save_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,11 @@ class Config(Command):
     "Of each run."
     mlfq_starvation_s: float = 30.0
     "mlfq's alpha; with the 3 s of FastServe's artifact it does little but recompute under load."
-
     plot: str | None = None
     "Draw normalized latency against load, a panel for each workload and batch size, to this file (.png, .svg)."
 
     def __post_init__(self) -> None:
+        check_picture(self.plot)
         if "fcfs" not in self.policy.split(","):
             raise ConfigError("policy must have fcfs in it: the others are measured by it")
         for name in ("seeds", "num_requests", "mlfq_starvation_s"):
@@ -58,10 +59,10 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
-    from jaxllm.pictures import make_figure, save_figure
     from jaxllm.simulation import Arrivals, cost_model, draw_workload, read_trace
     from jaxllm.simulation.plots import curves
-    from jaxllm.simulation.study import FIGURES, ORACLE, judge, study
+    from jaxllm.simulation.study import ORACLE, judge, study
+    from jaxllm.simulation.sweep import LATENCY
 
     policies = [name.strip() for name in config.policy.split(",")]
     opt, llama = cost_model("opt-13b/a100"), cost_model("llama-8b/h100")
@@ -75,8 +76,6 @@ def run(config: Config) -> dict[str, Any]:
     mlfq = {"mlfq": {"starvation_s": config.mlfq_starvation_s}}
     settings = dict(max_num_batched_tokens=512, page_size=16, options=mlfq, seeds=range(config.seeds))
     cases, met, panels = [], {}, {}
-    if config.plot is not None:
-        make_figure(1, 1)  # without matplotlib it says so now
     for case in study(workloads, policies=policies, batch_sizes=config.batch_sizes, loads=config.loads, **settings):
         print(f"{case.workload}, {case.max_num_seqs} at a time, {100 * case.load:.0f}% of saturation; by fcfs:")
         for name in policies:
@@ -85,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
         loads, lines = panels.setdefault(f"{case.workload}, {case.max_num_seqs} at a time", ([], {}))
         loads.append(case.load)
         for name in policies:
-            lines.setdefault(name, []).append(case.figures[name][FIGURES[2]])
+            lines.setdefault(name, []).append(case.figures[name][LATENCY])
         judged = judge(case) if "adaptive" in policies else {}
         if judged and ORACLE in policies:
             print(f"  adaptive: mean JCT {case.ratio('adaptive', 'mean_jct_s', to=ORACLE):.3f} times that of {ORACLE}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
+from jaxllm.pictures import check_picture, save_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Config(Command):
     "Draw the curves to this file (.png, .svg)."
 
     def __post_init__(self) -> None:
+        check_picture(self.plot)
         if "fcfs" not in [name.strip() for name in self.policy.split(",")]:
             raise ConfigError("policy must have fcfs in it: the others are measured by it")
         for name in ("num_requests", "max_num_seqs", "max_num_batched_tokens", "mlfq_starvation_s"):
@@ -59,13 +61,10 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
-    from jaxllm.pictures import make_figure, save_figure
     from jaxllm.simulation import Arrivals, cost_model, draw_workload
     from jaxllm.simulation.plots import curves
     from jaxllm.simulation.sweep import contender, gains, sweep
 
-    if config.plot is not None:
-        make_figure(1, 1)  # without matplotlib it says so now
     cost = cost_model(config.machine)
     contenders = [contender(name.strip(), {"mlfq": {"starvation_s": config.mlfq_starvation_s}}) for name in config.policy.split(",")]
     trace = draw_workload(config.workload, config.num_requests, Arrivals(), seed=config.seed, max_model_len=cost.max_model_len)

@@ -75,4 +75,3 @@ class Gate:
         line = f"{request_id} {client[0]} {scope['method']} {path} {status} {1e3 * seconds:.1f} ms"
         told = {name: value for name in ("client", "user") if (value := scope["state"].get(name))}
         access.info("%s" + "".join(f" {name}=%.100r" for name in told), line, *told.values())
-

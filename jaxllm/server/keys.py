@@ -60,10 +60,10 @@ class Allowance:
 class Client:
     """Who brought a key: a name, which is the tenant of its requests, and what it may still ask for."""
 
-    def __init__(self, name: str, settings: KeySettings, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, name: str, settings: KeySettings):
         self.name, self.digest = name, _digest(settings.key.strip())
         self._requests, self._tokens = (
-            None if rate is None else Allowance(rate, clock) for rate in (settings.requests_per_minute, settings.tokens_per_minute)
+            None if rate is None else Allowance(rate) for rate in (settings.requests_per_minute, settings.tokens_per_minute)
         )
 
     def enter(self) -> None:
@@ -108,6 +108,8 @@ def read_keys(plain: Iterable[str], file: str | None) -> Keys:
     for name, values in ({} if file is None else load_yaml(file)).items():
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: {name} must have entries (key, requests_per_minute, tokens_per_minute)")
+        if not isinstance(values.get("key", ""), str):  # the usual error would tell the key
+            raise ConfigError(f"{file}: {name}: key must be text: put it in quotes")
         clients.append(Client(str(name), from_dict(KeySettings, values, where=f"{file}: {name}")))
     if file is not None and not clients:
         raise ConfigError(f"{file}: there is no key in it, so nobody could ask for anything")

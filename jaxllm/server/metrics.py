@@ -68,12 +68,15 @@ class Watch:
     def __init__(self, metrics: Metrics):
         self._metrics, self._tokens, self._last, self._over = metrics, 0, 0.0, False
 
-    def news(self, output: RequestOutput) -> None:
+    def news(self, output: RequestOutput) -> int:
+        """Counts what there is now; returns how many tokens, of the prompt and of the answers, were not there before."""
         metrics, now = self._metrics, time.monotonic()
         tokens = sum(len(each.token_ids) for each in output.outputs)
         new, times = tokens - self._tokens, output.metrics
-        metrics.generation_tokens.inc(max(0, new))  # beams may have fewer
+        counted = max(0, new)  # beams may have fewer
+        metrics.generation_tokens.inc(counted)
         if self._tokens == 0 and tokens:
+            counted += len(output.prompt_token_ids)
             metrics.prompt_tokens.inc(len(output.prompt_token_ids))
             metrics.queries.inc(len(output.prompt_token_ids))
             metrics.hits.inc(output.num_cached_tokens)
@@ -85,6 +88,7 @@ class Watch:
         self._tokens, self._last = tokens, now
         if output.finished:
             self._end(output)
+        return counted
 
     def _end(self, output: RequestOutput) -> None:
         metrics, times = self._metrics, output.metrics

@@ -87,18 +87,16 @@ class Service:
                     yield news
 
     async def _watched(self, prompt: dict[str, Any], params: SamplingParams, client: Client | None) -> AsyncIterator[RequestOutput]:
-        watch, spent = None, 0
+        watch = None
         if client is not None:
             prompt = prompt | {"tenant": client.name}
         try:
             async with aclosing(self.llm.generate(prompt, params)) as outputs:
                 watch = self.metrics.watch(params)
                 async for output in outputs:
-                    watch.news(output)
+                    tokens = watch.news(output)
                     if client is not None:
-                        tokens = len(output.prompt_token_ids) + sum(len(o.token_ids) for o in output.outputs)
-                        client.spend_tokens(tokens - spent)
-                        spent = tokens
+                        client.spend_tokens(tokens)
                     yield output
         except RequestError:
             watch = None  # it was refused, so it never ran

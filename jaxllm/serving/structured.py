@@ -105,7 +105,7 @@ _TAGS = "must have structural_tag as {structures: [{begin, schema, end}, ...], t
 def _check_tags(value: Any) -> str:
     """As text, so that it cannot change. Raises ValueError."""
     tags = json.loads(value) if isinstance(value, str) else value
-    if isinstance(tags, dict) and tags.get("type") == "structural_tag" and "format" not in tags:
+    if isinstance(tags, dict) and tags.get("type") == "structural_tag":
         tags = {name: entry for name, entry in tags.items() if name != "type"}
     if not isinstance(tags, dict) or set(tags) != {"structures", "triggers"}:
         raise ValueError(_TAGS)

@@ -154,6 +154,7 @@ def test_a_minutes_worth_comes_back_in_a_minute():
         ("alice: a", "alice must have entries"),
         ("alice: {key: ''}", "key must not be empty"),
         ("alice: {kee: a}", "kee"),
+        ("alice: {key: 12345}", "^((?!12345).)*key must be text[^1]*$"),
         ("alice: {key: a, requests_per_minute: 0}", "requests_per_minute must be at least 1"),
         ("{alice: {key: a}, bob: {key: a}}", "a key is there twice"),
         ("", "no key in it"),

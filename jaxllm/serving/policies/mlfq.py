@@ -49,10 +49,9 @@ class Mlfq(Policy):
         return (sequence.level, now, sequence.arrival, sequence.number)
 
     def due(self, sequence: Sequence, now: float) -> float:
-        if sequence.slot >= 0:
-            left = self.quantum(sequence.level) - (sequence.service - sequence.spent)
-            return now + left if sequence.level < self.levels - 1 else NEVER
-        return sequence.turn + self.starvation_s if sequence.level else NEVER
+        if sequence.slot < 0:
+            return self.promoted(sequence)
+        return now + self.turn_left(sequence) if sequence.level < self.levels - 1 else NEVER
 
     def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
         quanta, last = [self.quantum(level) for level in range(self.levels)], self.levels - 1
@@ -60,13 +59,13 @@ class Mlfq(Policy):
             for s in spent:
                 self._join(s, s.level + 1, now)
             running.rerank()
-        starving = min([s.turn for s in waiting if s.level], default=NEVER) + self.starvation_s
-        if starving <= now:
+        next_promoted = lambda: min([s.turn for s in waiting if s.level], default=NEVER) + self.starvation_s
+        if (starving := next_promoted()) <= now:
             for s in waiting:
                 if s.level and now - s.turn >= self.starvation_s:
                     self._join(s, 0, now)
             waiting.rerank()
-            starving = min([s.turn for s in waiting if s.level], default=NEVER) + self.starvation_s
+            starving = next_promoted()
         return min(now + min([quanta[s.level] - s.service + s.spent for s in running if s.level < last], default=NEVER), starving)
 
     def _join(self, s: Sequence, level: int, now: float) -> None:

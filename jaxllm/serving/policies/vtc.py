@@ -12,8 +12,6 @@ from jaxllm.serving.policies.base import NEVER, Book, Policy, Rank, Ranked, Tena
 if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
 
-by_number = attrgetter("number")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Vtc(Policy):
@@ -59,7 +57,7 @@ class Vtc(Policy):
             by_tenant.setdefault(s.tenant, []).append(s)
         for tenant, sequences in by_tenant.items():
             before, weight = self._share(tenant), self.weights.get(tenant.name, 1.0)
-            sequences.sort(key=by_number)
+            sequences.sort(key=attrgetter("number"))
             for s in sequences:
                 s.rank = (before, s.arrival, s.number)
                 before += s.num_tokens / weight
