@@ -147,7 +147,7 @@ def test_vtc_shares_between_tenants():
 
 def test_adaptive_bounds_how_long_one_is_overtaken():
     """However many short ones come, a request that came `most_s` before them goes first."""
-    options = dict(most_s=5.0, margin=0.0, review_s=0.05)
+    options = dict(most_s=5.0, seniority=0.0, margin=0.0, review_s=0.05)
     engine = FakeEngine(limits(max_num_seqs=1, max_num_batched_tokens=32, policy="adaptive", policy_options=options), 100)
     engine.add("long", [1] * 4, 25, 25)
     for k in range(400):
@@ -161,16 +161,23 @@ def test_adaptive_bounds_how_long_one_is_overtaken():
 
 
 def test_lengths_are_learned():
+    """By the prompt, if it tells; from all, if it does not."""
     lengths, rng = Lengths(), random.Random(0)
     for _ in range(2000):
         lengths.add(10, rng.randint(5, 15))
         lengths.add(1000, rng.randint(300, 500))
-    # Drawn to the mean of all, 205, as if there were 20 of those.
-    assert lengths.expected(10) == pytest.approx(14, rel=0.1) and lengths.expected(1000) == pytest.approx(396, rel=0.05)
-    index = lengths.indices(0.0)
-    # Half end within 15 tokens: 0.5 endings for 12.5 tokens or so; who has drawn 20 has 280 and more to go, for sure.
-    assert index(1) == pytest.approx(20, rel=0.3) and index(20) == pytest.approx(370, rel=0.15)
-    assert index(280) == pytest.approx(140, rel=0.1)
+    assert lengths.expected(10) == pytest.approx(10, rel=0.1) and lengths.expected(1000) == pytest.approx(400, rel=0.05)
+    assert lengths.expected(100) == lengths.mean == pytest.approx(205, rel=0.05), "nobody like it has ended"
+    assert lengths.spread == pytest.approx(42, rel=0.1), "of lengths from 300 to 500, 58; from 5 to 15, 3"
+    # Who has drawn 280 (its bin begins at 256) is done within 244 more, 144 on average; of those of 10, each ends within 10.
+    assert lengths.index(1000, 280, 0.0) == pytest.approx(144, rel=0.1) and lengths.index(10, 1, 0.0) < 15
+    alike = Lengths()
+    for i in range(4000):
+        alike.add(10 if i % 2 else 1000, rng.choice([10, 400]))
+    assert alike.expected(10) == pytest.approx(alike.mean, rel=0.02) and alike.spread == pytest.approx(195, rel=0.05)
+    # Half end within 10 tokens: 0.5 endings for 10 tokens; who has drawn 20 has 380 to go.
+    assert alike.index(10, 1, 0.0) == pytest.approx(20, rel=0.3) and alike.index(1000, 20, 0.0) == pytest.approx(380, rel=0.15)
+    assert alike.index(10, 20, 1.0) > alike.index(10, 20, 0.0), "long ones count for less"
 
 
 def test_refusals():

@@ -63,7 +63,8 @@ class Book:
     service: float = 0.0  # seconds that those ran
     prompts: float = 0.0  # tokens of theirs
     most: float = 0.0  # the longest handicap, in seconds, and
-    token_s: float = 0.0  # that of a token of work, as `adaptive` has reckoned them last
+    token_s: float = 0.0  # that of a token of work, and
+    shortness: float = 0.0  # what short outputs count for, as `adaptive` has reckoned them last
 
     def join(self, name: str) -> Tenant:
         """A sequence of a tenant comes. One that was away has saved nothing up (VTC, algorithm 2: its counter is lifted)."""

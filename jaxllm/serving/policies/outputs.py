@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import log2
+from math import log2, sqrt
 
 _BINS_PER_OCTAVE = 4
 _BINS = 20 * _BINS_PER_OCTAVE  # up to a million tokens
@@ -12,6 +11,8 @@ _MIDDLES = [(a + b) / 2 for a, b in zip(_EDGES, _EDGES[1:], strict=False)]
 _PRIOR = 256.0  # tokens: before anything has ended
 _FORGET = 0.999  # the weight of a sequence's length falls by so much with each further one
 _RENEW = 64  # sequences that end before what is derived from them is derived anew
+_COMPARE = 16  # and before what prompts tell is
+_MOST_DRAWN = 1e6  # sequences that what all had counts for, where prompts tell nothing
 
 
 def _bin(tokens: float) -> int:
@@ -22,60 +23,100 @@ _TABLE = 8192
 _BIN_OF = [_bin(tokens) for tokens in range(_TABLE)]
 
 
-class Lengths:
-    """A histogram of outputs' lengths, newer ones counting more, and means by the length of the prompt."""
+class _Histogram:
+    """Of lengths, newer ones counting more."""
 
     def __init__(self):
-        self._counts = [0.0] * _BINS
-        self._weight = 1.0  # of the next one; it grows, rather than that all others shrink
-        self._by_prompt: dict[int, tuple[float, float]] = {}  # by the prompt's octave: (ended, outputs)
-        self._all = (0.0, 0.0)
-        self._num_added = 0
-        self._indices: list[float] = []  # of the histogram as it was when they were derived
-        self._derived_at = -1
+        self.counts = [0.0] * _BINS
+        self.weight = 1.0  # of the next one; it grows, rather than that all others shrink
+        self.num_added = 0
+        self.ended = self.total = self.squares = 0.0  # sums of 1, of lengths and of their squares
+
+    def add(self, outputs: int) -> None:
+        self.counts[_bin(outputs)] += self.weight
+        self.weight /= _FORGET
+        if self.weight > 1e9:
+            self.counts = [count / self.weight for count in self.counts]
+            self.weight = 1.0
+        self.num_added += 1
+        self.ended = _FORGET * self.ended + 1
+        self.total = _FORGET * self.total + outputs
+        self.squares = _FORGET * self.squares + outputs * outputs
+
+    def scaled(self, factor: float) -> list[float]:
+        """The counts, times a factor, as if the newest had counted for 1."""
+        scale = factor / self.weight
+        return [count * scale for count in self.counts]
+
+
+_NOTHING = _Histogram()
+
+
+class Lengths:
+    """Outputs' lengths, by the length of the prompt: what those of like prompts (within half an octave) had, drawn to what all had.
+
+    How far is by Buehlmann's credibility (1967): what all had counts for as many sequences as the variance among those of like prompts
+    is times that between the prompts. Where prompts tell nothing, all are alike.
+    """
+
+    def __init__(self):
+        self._all = _Histogram()
+        self._like: dict[int, _Histogram] = {}
+        self._within, self._drawn = _PRIOR**2, _MOST_DRAWN
+        self._indices: dict[int, tuple[int, float, list[float]]] = {}  # by prompt: (when they are due anew, shortness, by bins drawn)
 
     def add(self, num_prompt: int, outputs: int) -> None:
         """A sequence has ended after so many tokens."""
-        self._counts[_bin(outputs)] += self._weight
-        self._weight /= _FORGET
-        if self._weight > 1e9:
-            self._counts = [count / self._weight for count in self._counts]
-            self._weight = 1.0
-        octave = num_prompt.bit_length()
-        ended, total = self._by_prompt.get(octave, (0.0, 0.0))
-        self._by_prompt[octave] = (_FORGET * ended + 1, _FORGET * total + outputs)
-        self._all = (_FORGET * self._all[0] + 1, _FORGET * self._all[1] + outputs)
-        self._num_added += 1
+        self._all.add(outputs)
+        self._like.setdefault(_bin(num_prompt) // 2, _Histogram()).add(outputs)
+        if self._all.num_added % _COMPARE == 0:
+            self._compare()
 
     @property
     def mean(self) -> float:
         """Of all."""
-        return (self._all[1] + _PRIOR) / (self._all[0] + 1)
+        return (self._all.total + _PRIOR) / (self._all.ended + 1)
 
     def expected(self, num_prompt: int) -> float:
-        """The mean of those whose prompts were about as long, drawn to the mean of all while they are few."""
-        mean = self.mean
-        ended, total = self._by_prompt.get(num_prompt.bit_length(), (0.0, 0.0))
-        return (total + 20 * mean) / (ended + 20)
+        """The mean of those of like prompts, drawn to the mean of all."""
+        like, drawn = self._like.get(_bin(num_prompt) // 2, _NOTHING), self._drawn
+        return (like.total + drawn * self.mean) / (like.ended + drawn)
 
-    def indices(self, shortness: float) -> Callable[[int], float]:
-        """Gittins's index by the tokens that a sequence has drawn: how many more it takes, on average, for an ending, if it is run for
-        as long as pays best (Gittins, 1979; Aalto et al., 2009). The smaller, the sooner it should run.
+    @property
+    def spread(self) -> float:
+        """The standard deviation, in tokens, of the outputs of like prompts: what cannot be known of a length beforehand."""
+        return sqrt(self._within)
+
+    def _compare(self) -> None:
+        """How much prompts tell."""
+        kinds = self._like.values()
+        ended, total, squares = (sum(column) for column in zip(*((k.ended, k.total, k.squares) for k in kinds), strict=True))
+        within = sum(max(0.0, k.squares - k.total**2 / k.ended) for k in kinds)
+        self._within = (within + _PRIOR**2) / (max(0.0, ended - len(kinds)) + 1)
+        between = (squares - total**2 / ended + _PRIOR**2) / ended - self._within
+        self._drawn = min(_MOST_DRAWN, self._within / between) if between > 0 else _MOST_DRAWN
+
+    def index(self, num_prompt: int, drawn: int, shortness: float) -> float:
+        """Gittins's index of a sequence that has drawn so many tokens: how many more it takes, on average, for an ending, if it is run
+        for as long as pays best (Gittins, 1979; Aalto et al., 2009). The smaller, the sooner it should run.
 
         An ending after x tokens counts for (mean / x) ** shortness: at 0 all alike, which is best for the mean time to completion;
         at 1 as is best for the mean of that time per token.
         """
-        if self._derived_at < 0 or self._num_added >= self._derived_at + _RENEW:
-            self._derive(shortness)
-        indices = self._indices
-        return lambda drawn: indices[_BIN_OF[drawn] if drawn < _TABLE else _bin(drawn)]
+        kind = _bin(num_prompt) // 2
+        due, of, indices = self._indices.get(kind, (0, -1.0, ()))
+        if self._all.num_added >= due or of != shortness:
+            indices = self._derive(self._like.get(kind, _NOTHING), shortness)
+            self._indices[kind] = (self._all.num_added + _RENEW, shortness, indices)
+        return indices[_BIN_OF[drawn] if drawn < _TABLE else _bin(drawn)]
 
-    def _derive(self, shortness: float) -> None:
+    def _derive(self, like: _Histogram, shortness: float) -> list[float]:
         worth = [(self.mean / middle) ** shortness for middle in _MIDDLES]
+        share = min(1.0, self._drawn / max(1.0, self._all.ended))
+        both = zip(_MIDDLES, like.scaled(1.0), self._all.scaled(share), strict=True)
         # One sequence's worth at the prior, falling slowly beyond: what nobody has done may still end.
-        scale = 1 / self._weight
-        counts = [count * scale + _MIDDLES[i] / _PRIOR * 2 ** (-_MIDDLES[i] / _PRIOR) / 8 + 1e-6 for i, count in enumerate(self._counts)]
-        self._indices = []
+        counts = [a + b + middle / _PRIOR * 2 ** (-middle / _PRIOR) / 8 + 1e-6 for middle, a, b in both]
+        indices = []
         for first in range(_BINS):
             best, at, ends, spent, alive = float("inf"), _EDGES[first], 0.0, 0.0, sum(counts[first:])
             total = alive
@@ -88,5 +129,5 @@ class Lengths:
                 best = min(best, spent / ends)
                 if alive < 0.001 * total:
                     break
-            self._indices.append(best)
-        self._derived_at = self._num_added
+            indices.append(best)
+        return indices
