@@ -129,6 +129,10 @@ class _EngineCollector:
             "engine_host_seconds": ("What the host took for them, apart from waiting for the device.", self._engine.stats.host_s),
             "compiles_after_warmup": ("Programs compiled while requests waited: each is a bug.", compiled.compiles_after_warmup),
         }
+        if (host := self._engine.runner.host_pages) is not None:
+            gauges["host_kv_cache_usage_perc"] = ("Share of host memory's pages that hold any; 1 is all.", len(pool.host) / pool.host_pages)
+            counters["kv_pages_swapped_out"] = ("Pages copied to host memory.", host.stats.saved)
+            counters["kv_pages_swapped_in"] = ("Pages copied back, in place of being computed again.", host.stats.fetched)
         for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (doc, value) in values.items():
                 metric = family(f"jaxllm:{name}", doc, labels=["model_name"])

@@ -38,6 +38,8 @@ class EngineConfig:
       scheduling_policy: who runs first, and who gives way: `fcfs`, `priority`, ... (docs/scheduling.md).
       scheduling_policy_options: constants of the policy, by name.
       enable_prefix_caching: share the KV cache's pages among requests that begin alike, and keep them for later ones.
+      host_kv_bytes: of host memory, for pages that the device's KV cache has no room for: of those who gave up their places, and of
+        beginnings that may come again. They are copied back in place of being computed again. 0: none.
       max_logprobs: the most likely tokens that a request may ask the log-probabilities of (`logprobs`, `prompt_logprobs`).
       seed: makes the random numbers of requests that bring no seed of their own reproducible.
       skip_tokenizer_init: no tokenizer: prompts must be token ids, and outputs have no text.
@@ -67,6 +69,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     scheduling_policy_options: dict[str, Any] = field(default_factory=dict)
     enable_prefix_caching: bool = True
+    host_kv_bytes: int = 0
     max_logprobs: int = 20
     seed: int = 0
     skip_tokenizer_init: bool = False
@@ -109,5 +112,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} must name a {what}, not {value!r}")
+        if isinstance(self.host_kv_bytes, bool) or not isinstance(self.host_kv_bytes, int) or self.host_kv_bytes < 0:
+            raise ConfigError(f"host_kv_bytes must be a number of bytes, or 0 for none, not {self.host_kv_bytes!r}")
+        if self.host_kv_bytes and not self.enable_prefix_caching:
+            raise ConfigError("host_kv_bytes keeps pages by what they hold, as the prefix cache does: it needs enable_prefix_caching")
         if self.num_pages is not None and self.kv_cache_memory_bytes is not None:
             raise ConfigError("num_pages and kv_cache_memory_bytes both size the KV cache: give one")

@@ -16,6 +16,7 @@ from jaxllm.serving.bad_words import bad_words_token_ids
 from jaxllm.serving.beam import Beam, start_beams
 from jaxllm.serving.checks import check_params, check_prompt
 from jaxllm.serving.config import EngineConfig
+from jaxllm.serving.host_tier import TieredPool
 from jaxllm.serving.kv_cache import PagePool, page_names, salt_name
 from jaxllm.serving.loading import load
 from jaxllm.serving.logits import LogitsProcessor
@@ -61,7 +62,7 @@ class Engine:
         self.runner, self.limits, self.tokenizer = loaded.runner, loaded.limits, loaded.tokenizer
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = self.runner.model.config.vocab_size
-        self.pool = PagePool(loaded.num_pages)
+        self.pool = TieredPool(loaded.num_pages, loaded.host_pages) if loaded.host_pages else PagePool(loaded.num_pages)
         self.scheduler = Scheduler(self.limits, self.pool) if record is None else RecordingScheduler(self.limits, self.pool, record)
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # that are not finished

@@ -83,10 +83,24 @@ class PagePool:
         self._free.extend(self._cached)
         self._cached.clear()
 
+    def on_host(self, names: Sequence[bytes]) -> int:
+        """How many of the first names stand for pages that host memory has (`host_tier.TieredPool`)."""
+        return 0
+
     def _evict(self) -> int:
-        page, _ = self._cached.popitem(last=False)
-        del self._page[self._name.pop(page)]
+        page = self._victim()
+        del self._cached[page]
+        name = self._name.pop(page)
+        del self._page[name]
+        self._evicted(page, name)
         return page
+
+    def _victim(self) -> int:
+        """The cached page to give up."""
+        return next(iter(self._cached))
+
+    def _evicted(self, page: int, name: bytes) -> None:
+        """What a page holds is about to be overwritten."""
 
 
 def page_names(tokens: Sequence[int], page_size: int, before: bytes = b"") -> list[bytes]:

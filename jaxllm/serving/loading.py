@@ -37,6 +37,7 @@ class Loaded:
     runner: Runner
     limits: SchedulerConfig
     num_pages: int
+    host_pages: int
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
     load_s: float
@@ -78,6 +79,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
             )
         logger.warning("max_model_len is %d, not the model's %d: the KV cache has no room for more", holds, max_model_len)
         max_model_len = holds
+    host_pages = _num_host_pages(config, model_config, a_page)
     batched = config.max_num_batched_tokens or max(512 if on_cpu else 2048, config.max_num_seqs)
     longrope = [r.original_max_positions for r in model_config.ropes.values() if r.kind == "longrope"]
     limits = SchedulerConfig(
@@ -104,9 +106,11 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         processors=processors,
         cache_dir=_programs_dir(config.compilation_cache_dir),
         bundle=config.bundle,
+        host_pages=host_pages,
     )
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
-    return Loaded(runner, limits, num_pages, tokenizer, frozenset(eos), time.perf_counter() - start, on_cpu and dtype == jnp.float32)
+    exact = on_cpu and dtype == jnp.float32
+    return Loaded(runner, limits, num_pages, host_pages, tokenizer, frozenset(eos), time.perf_counter() - start, exact)
 
 
 def _programs_dir(folder: str | None) -> Path | None:
@@ -158,6 +162,18 @@ def _num_pages(config: EngineConfig, mesh, a_page: int, page_size: int, max_mode
     if mesh.devices.flat[0].platform == "cpu":
         room = min(room, max(_CPU_CACHE_BYTES, one * a_page if config.max_model_len is not None else 0))
     return max(2, min(config.max_num_seqs * one, room // a_page) + 1)
+
+
+def _num_host_pages(config: EngineConfig, model: ModelConfig, a_page: int) -> int:
+    if not config.host_kv_bytes:
+        return 0
+    if any(rope.depends_on_length for rope in model.ropes.values()):
+        raise ConfigError("host_kv_bytes: this model's keys depend on the length of their sequence, so that its pages cannot be kept")
+    if config.host_kv_bytes < a_page:
+        raise ConfigError(f"host_kv_bytes={config.host_kv_bytes} is less than one page, which takes {a_page} bytes")
+    if config.host_kv_bytes > (room := psutil.virtual_memory().available):
+        raise ConfigError(f"host_kv_bytes={config.host_kv_bytes} is more than the {room} bytes of host memory that are free")
+    return config.host_kv_bytes // a_page
 
 
 def _free_bytes(mesh, fraction: float) -> int:

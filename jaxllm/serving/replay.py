@@ -2,7 +2,8 @@
 
 A record is JSON lines. The first is a header: the format's version, the SchedulerConfig, the number of pages. Each other one is
 a call, in order: `["add", ...]`, `["finish", id]`, `["retire", id]`, `["name_pages", id, names]`, `["reset"]`, `["complete",
-plan number]`, and `["plan", scheduled, copies, now]` for each plan made (`now`: the moment, in seconds). The scheduler being
+plan number]`, and `["plan", scheduled, copies, now]` for each plan made (`now`: the moment, in seconds); with host memory
+(version 3) the header has its pages, and each plan its saves and fetches at the end. The scheduler being
 pure, the same calls give the same plans: whatever happened in production can be looked at again, and a change to the scheduler
 held against it.
 """
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from jaxllm.errors import ConfigError, JaxLLMError, RequestError
+from jaxllm.serving.host_tier import TieredPool
 from jaxllm.serving.kv_cache import PagePool
 from jaxllm.serving.scheduler import Scheduler, SchedulerConfig, StepPlan
 
-VERSION = 2
+VERSION, HOST_VERSION = 2, 3
 
 
 class ReplayError(JaxLLMError):
@@ -29,8 +31,9 @@ class PlanWriter:
     """Plans as lists: of each sequence its id, slot, start, count, samples, num_tokens, admitted, and how many of the pages
     that it had in its last plan it still has, and those that are new."""
 
-    def __init__(self):
+    def __init__(self, tiered: bool):
         self._pages: dict[int, tuple[int, ...]] = {}
+        self._tiered = tiered
 
     def write(self, plan: StepPlan, now: float) -> list[Any]:
         rows = []
@@ -42,7 +45,8 @@ class PlanWriter:
             self._pages[s.sequence.id] = s.pages
             row = [s.sequence.id, s.sequence.slot, s.start, s.count, int(s.samples), s.num_tokens, int(s.admitted), kept]
             rows.append([*row, list(s.pages[kept:])])
-        return ["plan", rows, [list(pair) for pair in plan.copies], now]
+        moved = [[list(pair) for pair in pairs] for pairs in (plan.saves, plan.fetches)] if self._tiered else []
+        return ["plan", rows, [list(pair) for pair in plan.copies], now, *moved]
 
     def forget(self, id: int) -> None:
         self._pages.pop(id, None)
@@ -53,11 +57,13 @@ class RecordingScheduler(Scheduler):
 
     def __init__(self, config: SchedulerConfig, pool: PagePool, file: TextIO):
         super().__init__(config, pool)
-        self._file, self._writer = file, PlanWriter()
+        self._file, self._writer = file, PlanWriter(self.tiered)
         self._num_plans = 0
         self._open: dict[int, StepPlan] = {}  # plans that have not been completed, by number
         self.close = weakref.finalize(self, file.close)  # at the interpreter's end at the latest
-        self._write({"jaxllm_record": VERSION, "config": dataclasses.asdict(config), "num_pages": pool.num_pages})
+        host = {"host_pages": pool.host_pages} if self.tiered else {}
+        version = HOST_VERSION if self.tiered else VERSION
+        self._write({"jaxllm_record": version, "config": dataclasses.asdict(config), "num_pages": pool.num_pages, **host})
 
     def add(self, id: int, num_prompt: int, max_tokens: int, page_names: Iterable[bytes] = (), **options: Any) -> None:
         names = list(page_names)
@@ -131,9 +137,9 @@ def replay(path: str) -> Replayed:
 class _Replay:
     def __init__(self, path: str):
         self._path, self._line = path, 0
-        self._writer = PlanWriter()
         self._open: dict[int, StepPlan] = {}
         self._num_plans = 0
+        self._writer: PlanWriter
         self._scheduler: Scheduler
 
     def run(self, file: TextIO) -> Replayed:
@@ -159,9 +165,11 @@ class _Replay:
     def _start(self, header: Any) -> None:
         if not isinstance(header, dict) or "jaxllm_record" not in header:
             raise self._broken("it is no record's header: was this file made with --record?")
-        if (version := header["jaxllm_record"]) != VERSION:
-            raise self._broken(f"the record has version {version!r}, and this jaxllm reads version {VERSION}")
-        self._scheduler = Scheduler(SchedulerConfig(**header["config"]), PagePool(header["num_pages"]))
+        if (version := header["jaxllm_record"]) not in (VERSION, HOST_VERSION):
+            raise self._broken(f"the record has version {version!r}, and this jaxllm reads versions {VERSION} and {HOST_VERSION}")
+        tiered = version == HOST_VERSION
+        pool = TieredPool(header["num_pages"], header["host_pages"]) if tiered else PagePool(header["num_pages"])
+        self._scheduler, self._writer = Scheduler(SchedulerConfig(**header["config"]), pool), PlanWriter(tiered)
 
     def _call(self, name: str, *arguments: Any) -> None:
         if name == "plan":
@@ -184,15 +192,17 @@ class _Replay:
             raise ValueError(f"there is no call {name!r}")
 
     def _plan(self, recorded: list[Any]) -> None:
-        _, rows, copies, now = recorded
+        _, rows, copies, now, *moved = recorded
         plan = self._scheduler.schedule(now)
-        _, ours, our_copies, _ = self._writer.write(plan, now)
+        _, ours, our_copies, _, *our_moved = self._writer.write(plan, now)
         for i in range(max(len(rows), len(ours))):
             then, now = (x[i] if i < len(x) else None for x in (rows, ours))
             if then != now:
                 raise self._differs(f"sequence {i} of the step: {_in_words(then)} then, {_in_words(now)} now")
         if copies != our_copies:
             raise self._differs(f"pages copied (from, to): {copies} then, {our_copies} now")
+        if moved != our_moved:
+            raise self._differs(f"pages moved to host memory and back: {moved} then, {our_moved} now")
         if plan.scheduled:
             self._open[self._num_plans] = plan
         self._num_plans += 1

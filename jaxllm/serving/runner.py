@@ -17,6 +17,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.serving.batch import Bucket, make_buckets, pick_bucket, step_layout
 from jaxllm.serving.copy_pages import CopyPages
 from jaxllm.serving.executables import ExecutableCache
+from jaxllm.serving.host_pages import HostPages
 from jaxllm.serving.kv_cache import make_kv_pages
 from jaxllm.serving.logits import LogitsProcessor, check_processors
 from jaxllm.serving.logprobs import TokenLogprobs
@@ -30,8 +31,9 @@ from jaxllm.sharding import ShardingRules
 logger = logging.getLogger(__name__)
 
 # Programs beside those of the buckets, by what they do. Those that cut blocks out of hidden states go by the number of tokens.
-# Those that write masks have their size with them.
+# Those that write masks have their size with them, and those that move pages to host memory and back.
 _COPY, _WRITE_SLOT, _PROMPT_LOGPROBS, _WRITE_MASKS = "copy pages", "write a slot", "prompt logprobs", "write masks"
+_SAVE, _FETCH = "save", "fetch"
 _Key = Bucket | str | int | tuple[str, int]
 
 
@@ -60,6 +62,8 @@ class Prepared:
     bucket: Bucket
     buffer: np.ndarray
     copies: np.ndarray | None  # of pages
+    saves: tuple[tuple[int, int], ...]  # to host memory
+    fetches: tuple[tuple[int, int], ...]  # from there
     slots: list[np.ndarray]  # to write
     logprobs: bool  # whether any sequence asks for them
     prompt_rows: list[PromptRows]
@@ -92,6 +96,7 @@ class Runner:
         processors: Mapping[str, LogitsProcessor] | None = None,
         cache_dir: Path | None = None,
         bundle: str | None = None,
+        host_pages: int = 0,
     ):
         self.model, self.limits, self.mesh, self.rules, self.num_pages = model, limits, mesh, rules, num_pages
         self.max_pages = -(-limits.max_model_len // limits.page_size)
@@ -129,6 +134,7 @@ class Runner:
         self._slots = SlotWriter(self.state.slots, model.config.vocab_size, mesh)
         self._masks = MaskWriter(self.state.slots, mesh)
         self._copies = CopyPages(self.state.kv_pages, num_pages=num_pages, most=limits.max_num_seqs, mesh=mesh)
+        self.host_pages = HostPages(self.state.kv_pages, num_pages=num_pages, host_pages=host_pages, mesh=mesh) if host_pages else None
         self._programs: dict[_Key, Any] = {}  # those that `_warm_up` has not made
         self._warm_up: WarmUp | None = None
         self._warm = False
@@ -144,6 +150,8 @@ class Runner:
         enough = [mixed[-1], decode[-1]]
         small = [_WRITE_SLOT, _COPY, _PROMPT_LOGPROBS, *sorted({bucket.tokens for bucket in self.buckets})]
         small += [(_WRITE_MASKS, size) for size in self._masks.sizes]
+        if self.host_pages is not None:
+            small += [(kind, size) for size in self.host_pages.sizes for kind in (_SAVE, _FETCH)]
         # Where all are waited for, those that take longest come first; behind a server's back, those that are missed most.
         rest = self.buckets if background else self.buckets[::-1]
         every = list(dict.fromkeys([*enough, *([decode[0], *small, *rest] if background else [*rest, *small])]))
@@ -171,6 +179,8 @@ class Runner:
             bucket,
             self._pack(plan, bucket, chosen),
             self._copies.pack(plan.copies) if plan.copies else None,
+            plan.saves,
+            plan.fetches,
             [self._slots.pack(c, s.sequence.slot) for s, c in zip(plan.scheduled, chosen, strict=True) if s.admitted and needs_slot(c)],
             any(s.samples and c.request.params.logprobs is not None for s, c in zip(plan.scheduled, chosen, strict=True)),
             _prompt_rows(plan, chosen),
@@ -180,6 +190,9 @@ class Runner:
         """Starts a step. `masks` is called when that is under way which does not depend on it, and returns slots, and for each
         the tokens that may be drawn there (uint32 [slots, V/32])."""
         state = self.state
+        if self.host_pages is not None:
+            program = lambda kind, size: self._program((kind, size))
+            state.kv_pages = self.host_pages.move(program, state.kv_pages, step.saves, step.fetches)
         if step.copies is not None:
             state.kv_pages = self._copies.run(self._program(_COPY), state.kv_pages, step.copies)
         for buffer in step.slots:
@@ -226,7 +239,7 @@ class Runner:
         if key == _PROMPT_LOGPROBS:
             return self.programs.compile_prompt_logprobs()
         if isinstance(key, tuple):
-            return self._masks.compile(key[1])
+            return self._masks.compile(key[1]) if key[0] == _WRITE_MASKS else self.host_pages.compile(*key)
         if isinstance(key, int):
             return self.programs.compile_block(key)
         return self.programs.compile(key, self._layouts[key])

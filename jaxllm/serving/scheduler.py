@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxllm.errors import RequestError
+from jaxllm.serving.host_tier import TieredPool
 from jaxllm.serving.kv_cache import PagePool
 from jaxllm.serving.policies import NEVER, Book, Rank, Ranked, Tenant, make_policy
 from jaxllm.serving.preemption import find_victims
@@ -76,6 +77,7 @@ class Sequence:
     num_known: int = 0  # of its tokens, those that it had when it was last admitted
     service: float = 0.0  # seconds that it has run
     turn: float = 0.0  # seconds at which it last began to run, or to wait
+    to_fetch: int = 0  # of its pages, those that come from host memory: not yet there while it is being admitted
     level: int = 0  # what a policy remembers
     spent: float = 0.0  # likewise
 
@@ -94,18 +96,23 @@ class ScheduledSequence(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Sequences with one token come first: attention has a faster path for them. `copies` are pages (from, to) to copy, one
-    after the other, before the step."""
+    """Sequences with one token come first: attention has a faster path for them.
+
+    Before the step, in this order: `saves` are (page, slot in host memory) to copy there, `fetches` (slot, page) to copy from there,
+    `copies` pages (from, to) to copy, one after the other.
+    """
 
     scheduled: tuple[ScheduledSequence, ...]
     num_decode: int
     num_tokens: int
     copies: tuple[tuple[int, int], ...] = ()
+    saves: tuple[tuple[int, int], ...] = ()
+    fetches: tuple[tuple[int, int], ...] = ()
 
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: PagePool):
-        self.config, self.pool = config, pool
+        self.config, self.pool, self.tiered = config, pool, isinstance(pool, TieredPool)
         self.waiting, self.running = Ranked(), Ranked()
         self.policy = make_policy(config.policy, config.policy_options)
         self.book = Book()
@@ -244,6 +251,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         scheduled: list[ScheduledSequence] = []
         copies: list[tuple[int, int]] = []
+        fetches: list[tuple[int, int]] = []
         preempted = False
         i = 0
         size, recompute = self.config.page_size, self.config.recompute_beyond is not None
@@ -284,6 +292,8 @@ class Scheduler:
             if count == 0 or not self.reserve(sequence, sequence.num_computed + count, then=sequence.num_tokens):
                 self._let_go(sequence)
                 break
+            if sequence.to_fetch:
+                fetches += self._fetch(sequence)
             if copy_from is not None:
                 copies.append((copy_from, sequence.pages[sequence.num_computed // size]))
             self.waiting.pop(0)
@@ -305,7 +315,8 @@ class Scheduler:
         if num_tokens > len(scheduled):
             scheduled.sort(key=lambda s: s.count > 1)
             num_decode = sum(s.count == 1 for s in scheduled)
-        return StepPlan(tuple(scheduled), num_decode, num_tokens, tuple(copies))
+        saves = self.pool.take_saves() if self.tiered else ()
+        return StepPlan(tuple(scheduled), num_decode, num_tokens, tuple(copies), saves, tuple(fetches))
 
     @property
     def num_unpromised(self) -> int:
@@ -370,17 +381,31 @@ class Scheduler:
         Its last token is always computed: it has the logits. Returns the page that it needs a copy of, if it begins in one.
         """
         size, source, copy_from = self.config.page_size, sequence.source, None
-        pages = self.pool.find(sequence.page_names[: (sequence.num_tokens - 1) // size])
-        sequence.num_computed, sequence.num_published = len(pages) * size, len(pages)
+        names = sequence.page_names[: (sequence.num_tokens - 1) // size]
+        pages = self.pool.find(names)
+        sequence.to_fetch = self._num_to_fetch(sequence, names[len(pages) :]) if self.tiered else 0
+        sequence.num_computed, sequence.num_published = (len(pages) + sequence.to_fetch) * size, len(pages)
         if source is not None and (common := min(sequence.common, self._computed_before(source))) > sequence.num_computed:
             pages, rest = list(source.pages[: common // size]), common % size
-            sequence.num_computed, sequence.num_published = common, 0
+            sequence.num_computed, sequence.num_published, sequence.to_fetch = common, 0, 0
             copy_from = source.pages[common // size] if rest else None
         self.pool.share(pages)
         sequence.pages = tuple(pages)
         if not sequence.preemptions:
             sequence.num_cached = sequence.num_computed
         return copy_from
+
+    def _num_to_fetch(self, sequence: Sequence, names: list[bytes]) -> int:
+        """How many of the pages that follow those on the device host memory has; it keeps them until the plan is made."""
+        n = self.pool.on_host(names)
+        self.pool.pin(names[:n])
+        return n
+
+    def _fetch(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """(slot, page) of the pages of a sequence that come from host memory. Others can share them from now on."""
+        first = sequence.num_published
+        sequence.num_published, sequence.to_fetch = first + sequence.to_fetch, 0
+        return [self.pool.fetch(sequence.page_names[i], sequence.pages[i]) for i in range(first, sequence.num_published)]
 
     def _computed_before(self, source: Sequence) -> int:
         """Tokens that plans before this one have computed; those of this one can be shared, but not copied."""
@@ -429,7 +454,7 @@ class Scheduler:
     def _let_go(self, sequence: Sequence) -> None:
         """A sequence that waits holds nothing."""
         self.pool.give_back(sequence.pages)
-        sequence.pages, sequence.num_computed, sequence.num_published = (), 0, 0
+        sequence.pages, sequence.num_computed, sequence.num_published, sequence.to_fetch = (), 0, 0, 0
         self._promise(sequence, 0)
 
     def _num_pages(self, num_tokens: int) -> int:

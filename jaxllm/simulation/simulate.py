@@ -113,7 +113,7 @@ class _Simulation:
                 coming += 1
             plan = scheduler.schedule(now)
             if plan.scheduled:
-                begin = max(now, device_free) if self.tier is None else self.tier.begin(now, device_free)
+                begin = max(now, device_free) if self.tier is None else self.tier.begin(plan, now, device_free)
                 seconds = cost.seconds(plan)
                 device_free = begin + seconds
                 self.busy += seconds

@@ -11,13 +11,11 @@ waits for what has not arrived when it should begin. The link carries both direc
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from itertools import takewhile
 from typing import Literal
 
-from jaxllm.serving.kv_cache import PagePool
+from jaxllm.serving.host_tier import TieredPool
 from jaxllm.serving.policies import NEVER
-from jaxllm.serving.scheduler import ScheduledSequence, Scheduler, SchedulerConfig, Sequence
+from jaxllm.serving.scheduler import ScheduledSequence, Scheduler, SchedulerConfig, Sequence, StepPlan
 from jaxllm.simulation.cost import CostModel
 
 Swap = Literal["recompute", "reactive", "proactive"]
@@ -25,24 +23,19 @@ SWAPS: tuple[Swap, ...] = ("recompute", "reactive", "proactive")
 _SPARE = 0.05  # of the device's pages are not filled ahead of need, for those who come
 
 
-class TieredPool(PagePool):
-    """Pages of which some are worth saving when they are taken from the device."""
+class SwapPool(TieredPool):
+    """Of those who wait after a preemption alone pages are worth saving when they are taken from the device."""
 
     def __init__(self, num_pages: int, host_pages: int):
-        super().__init__(num_pages)
-        self.host_pages = host_pages
-        self.host: OrderedDict[int, None] = OrderedDict()  # names of the pages that are there, the one that came first, first
+        super().__init__(num_pages, host_pages)
         self.owner: dict[int, Sequence] = {}  # of the pages of those who wait after a preemption, by name
         self.turns: dict[Sequence, float] = {}  # when those are likely to be next
-        self.late = 0  # pages that were taken before they had been copied
 
-    def save(self, name: int) -> None:
-        """Copies a page to the host; what came there first is dropped if there is no room."""
-        self.host[name] = None
-        if len(self.host) > self.host_pages:
-            self.host.popitem(last=False)
+    def victim_owner(self) -> Sequence | None:
+        """Whose page is taken next, if it is that of one who waits."""
+        return self.owner.get(self._name[self._victim()])
 
-    def victim(self) -> int:
+    def _victim(self) -> int:
         """The cached page to give up: of nobody who waits, the one used longest ago; else the last of who has longest to wait."""
         name, owner = self._name, self.owner
         page = next((page for page in self._cached if name[page] not in owner), None)
@@ -51,36 +44,25 @@ class TieredPool(PagePool):
             page = max(self._cached, key=lambda page: (turns.get(owner[name[page]], NEVER), name[page]))
         return page
 
-    def _evict(self) -> int:
-        page = self.victim()
-        del self._cached[page]
-        name = self._name.pop(page)
-        del self._page[name]
-        if name in self.owner and name not in self.host:
-            self.save(name)
-            self.late += 1
-        return page
+    def worth_saving(self, name: int) -> bool:
+        return name in self.owner
 
     def unsaved(self) -> list[tuple[float, int]]:
         """(turn of its owner, name) of the pages on the device that are worth saving and have not been saved."""
         return [(self.turns.get(s, NEVER), name) for name, s in self.owner.items() if name in self._page and name not in self.host]
 
-    def on_device(self, name: int) -> bool:
-        return name in self._page
-
 
 class SwappingScheduler(Scheduler):
     """The scheduler, with a host tier that the pages of those who give up their places go to."""
 
-    pool: TieredPool
+    pool: SwapPool
 
     def __init__(self, config: SchedulerConfig, num_pages: int, cost: CostModel, swap: Swap, host_bytes: float):
         self.page_s = config.page_size * cost.kv_token_bytes / cost.host_bandwidth
         self.page_bytes = config.page_size * cost.kv_token_bytes
-        super().__init__(config, TieredPool(num_pages, int(min(host_bytes, 1e18) // self.page_bytes)))
+        super().__init__(config, SwapPool(num_pages, int(min(host_bytes, 1e18) // self.page_bytes)))
         self.cost, self.ahead = cost, swap == "proactive"
         self.preempted: dict[Sequence, list[int]] = {}  # names of the pages of those who wait after a preemption
-        self._fetching: dict[Sequence, int] = {}  # pages that who is admitted in this plan gets from the host
         self._in_free = self._out_free = 0.0  # when the link has done what it was told
         self.pages_in = self.pages_out = 0
         self.exposed_s = 0.0
@@ -98,12 +80,9 @@ class SwappingScheduler(Scheduler):
             "exposed_swap_s": self.exposed_s,
         }
 
-    def begin(self, now: float, device_free: float) -> float:
-        """When the step that has just been planned can begin: its pages have gone and come."""
-        ready, pool = max(now, device_free), self.pool
-        late, fetched = pool.late, sum(self._fetching.values())
-        pool.late = 0
-        self._fetching.clear()
+    def begin(self, plan: StepPlan, now: float, device_free: float) -> float:
+        """When a step that has just been planned can begin: its pages have gone and come."""
+        ready, late, fetched = max(now, device_free), len(plan.saves), len(plan.fetches)
         self.pages_out += late
         self.pages_in += fetched
         start = ready
@@ -145,8 +124,8 @@ class SwappingScheduler(Scheduler):
                     continue
                 if fetched == room or name not in pool.host or self.num_unpromised <= spare:
                     return fetched
-                if not pool._free:
-                    owner = pool.owner.get(pool._name[pool.victim()])
+                if not pool.num_empty:
+                    owner = pool.victim_owner()
                     if owner is not None and pool.turns.get(owner, NEVER) <= pool.turns[sequence]:
                         return fetched
                 (page,) = pool.take(1)
@@ -161,20 +140,9 @@ class SwappingScheduler(Scheduler):
         self.pool.owner.update((name, sequence) for name in names)
         super()._preempt(sequence)
 
-    def _find_computed(self, sequence: Sequence) -> int | None:
-        copy_from = super()._find_computed(sequence)
-        if sequence in self.preempted:
-            size, names = self.config.page_size, sequence.page_names[: (sequence.num_tokens - 1) // self.config.page_size]
-            found = sequence.num_computed // size
-            fetched = sum(1 for _ in takewhile(self.pool.host.__contains__, names[found:]))
-            if fetched and fetched * self.page_s < self.cost.prompt_s(fetched * size):
-                sequence.num_computed += fetched * size
-                self._fetching[sequence] = fetched
-        return copy_from
-
-    def _let_go(self, sequence: Sequence) -> None:
-        self._fetching.pop(sequence, None)
-        super()._let_go(sequence)
+    def _num_to_fetch(self, sequence: Sequence, names: list[int]) -> int:
+        n = super()._num_to_fetch(sequence, names) if sequence in self.preempted else 0
+        return n if n * self.page_s < self.cost.prompt_s(n * self.config.page_size) else 0
 
     def _plan(self, sequence: Sequence, count: int, admitted: bool = False) -> ScheduledSequence:
         if admitted and sequence in self.preempted:
@@ -188,7 +156,7 @@ class SwappingScheduler(Scheduler):
             self.preempted.pop(sequence, None)
             for name in sequence.page_names:
                 self.pool.owner.pop(name, None)
-                self.pool.host.pop(name, None)
+                self.pool.drop(name)
         super().finish(id)
 
 

@@ -95,7 +95,7 @@ def test_a_crash_leaves_a_record_that_replays(tmp_path):
 
 BROKEN = {
     "no header": (0, '["plan",[],[]]', "line 1: it is no record's header"),
-    "version": (0, '{"jaxllm_record":99}', "line 1: the record has version 99, and this jaxllm reads version 2"),
+    "version": (0, '{"jaxllm_record":99}', "line 1: the record has version 99, and this jaxllm reads versions 2 and 3"),
     "header without config": (0, '{"jaxllm_record":2}', "line 1: cannot be replayed"),
     "header of another scheduler": (0, '{"jaxllm_record":2,"config":{"max_num_dogs":1},"num_pages":9}', "line 1: .*max_num_dogs"),
     "garbage": (5, "\x00\x01", "line 6: it is not JSON"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxllm.errors import RequestError
+from jaxllm.serving.host_tier import TieredPool
 from jaxllm.serving.kv_cache import PagePool, page_names
 from jaxllm.serving.runner import _token_ids
 from jaxllm.serving.scheduler import Scheduler, SchedulerConfig, StepPlan
@@ -31,8 +32,10 @@ def next_token(tokens: list[int], seed: int) -> int:
 class FakeEngine:
     """What `Engine` does with a scheduler, on the device described above."""
 
-    def __init__(self, limits: SchedulerConfig, num_pages: int, shares_pages: bool = False):
-        self.limits, self.pool, self.shares_pages = limits, PagePool(num_pages), shares_pages
+    def __init__(self, limits: SchedulerConfig, num_pages: int, shares_pages: bool = False, host_pages: int = 0):
+        pool = TieredPool(num_pages, host_pages) if host_pages else PagePool(num_pages)
+        self.limits, self.pool, self.shares_pages, self.host_pages = limits, pool, shares_pages, host_pages
+        self.host = {}  # cells of the pages in host memory, by their slots
         self.scheduler = Scheduler(limits, self.pool)
         self.cells = {}  # (page, place in it) -> (token, position, whether its rotary angles are those of a long sequence)
         self.last_tokens = [None] * limits.max_num_seqs
@@ -93,17 +96,22 @@ class FakeEngine:
         plan = self.scheduler.schedule(self.now)
         self.check(plan)
         if plan.scheduled:
-            for src, dst in plan.copies:
-                for place in range(self.limits.page_size):
-                    self.cells[dst, place] = self.cells.get((src, place))
+            self.move(self.cells, self.host, plan.saves)
+            self.move(self.host, self.cells, plan.fetches)
+            self.move(self.cells, self.cells, plan.copies)
             for s in plan.scheduled:  # all writes come before all reads, as in the attention op
                 self.write(s)
             self.in_flight.append((plan, [self.draw(s) for s in plan.scheduled]))
         else:
-            assert not plan.copies
+            assert not (plan.copies or plan.saves or plan.fetches)
             assert self.in_flight or all(r.retired for r in self.requests.values()), "stalled"
         while self.in_flight and (len(self.in_flight) > 1 or not plan.scheduled or wait):
             self.read(*self.in_flight.popleft())
+
+    def move(self, source: dict, target: dict, pairs) -> None:
+        for src, dst in pairs:
+            for place in range(self.limits.page_size):
+                target[dst, place] = source.get((src, place))
 
     def is_long(self, s) -> bool:
         return self.limits.recompute_beyond is not None and s.num_tokens > self.limits.recompute_beyond
@@ -198,7 +206,10 @@ class FakeEngine:
         assert {s.id for s in known} == set(self.requests)
         places = Counter(id(s) for s in [*running, *waiting, *parked])
         assert places == Counter(id(s) for s in known if not s.retired), "each is in one place"
-        assert not any(s.pages for s in waiting + parked) and all(s.slot == -1 for s in waiting + parked + kept)
+        if self.host_pages:
+            slots = list(self.pool.host.values())
+            assert len(set(slots)) == len(slots) <= self.host_pages and set(slots) <= set(range(self.host_pages))
+        assert not any(s.pages or s.to_fetch for s in waiting + parked) and all(s.slot == -1 for s in waiting + parked + kept)
         for s in {*known, *kept}:
             forks = [fork for fork in known if fork.source is s]
             assert len(forks) == s.num_forks and all(fork in waiting or fork in s.parked or fork.retired for fork in forks)
@@ -235,7 +246,7 @@ class FakeEngine:
 
 def replay(engine: FakeEngine) -> FakeEngine:
     """A new engine that was told the same things."""
-    twin = FakeEngine(engine.limits, engine.pool.num_pages, engine.shares_pages)
+    twin = FakeEngine(engine.limits, engine.pool.num_pages, engine.shares_pages, engine.host_pages)
     for name, *arguments in list(engine.log):
         getattr(twin, name)(*arguments)
     return twin
@@ -262,7 +273,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         one = -(-max_model_len // page_size)  # the pool holds the longest request, and little more
         shares_pages = self.limits.recompute_beyond is None and data.draw(st.booleans())
-        self.engine = FakeEngine(self.limits, 1 + one + draw(0, 2 * one), shares_pages)
+        host_pages = draw(0, 3 * one) if shares_pages else 0
+        self.engine = FakeEngine(self.limits, 1 + one + draw(0, 2 * one), shares_pages, host_pages)
 
     def free_name(self) -> str | None:
         return next((i for i in "abcdefghijklmnop" if i not in self.engine.requests), None)  # names are used again

