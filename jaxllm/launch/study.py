@@ -31,8 +31,8 @@ class Config(Command):
     "Requests drawn at random, on opt-13b/a100."
     trace: tuple[str, ...] = ()
     "Files of requests, on llama-8b/h100; each seed takes another stretch of it."
-    policy: str = "fcfs,hrrn,mlfq,adaptive,srpt"
-    "Policies, by commas; fcfs is among them. srpt is told how long outputs will be."
+    policy: str = "fcfs,hrrn,mlfq,adaptive,gittins,srpt"
+    "Policies, by commas; fcfs is among them. gittins is what adaptive would be if the longest did not matter; srpt is told the lengths."
     batch_sizes: tuple[int, ...] = (16, 64, 256)
     "Sequences that run at the same time."
     loads: tuple[float, ...] = (0.7, 0.95, 1.1)

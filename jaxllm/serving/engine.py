@@ -75,6 +75,7 @@ class Engine:
         self._shares_pages = config.enable_prefix_caching and fixed
         self.stats = EngineStats()
         self.on_step: Callable[[int], None] | None = None  # is told how many tokens a step has, on the thread that steps
+        self.on_read: Callable[[StepPlan], None] | None = None  # is told of each step that has been read, likewise
         self.load_s = loaded.load_s
         if config.warmup:
             background = loaded.exact if config.warmup_in_background is None else config.warmup_in_background
@@ -211,6 +212,8 @@ class Engine:
         start = time.perf_counter()
         outputs = self._read(plan, launched)
         self.stats.host_s += time.perf_counter() - start
+        if self.on_read is not None:
+            self.on_read(plan)
         return outputs
 
     def _masks(self, plan: StepPlan, outputs: list[RequestOutput]) -> tuple[list[int], np.ndarray]:
@@ -354,6 +357,11 @@ class Engine:
         new = page_names(completion.token_ids[-size:], size, names[-1] if names else completion.request.salt)
         names += new
         self.scheduler.name_pages(completion.number, new)
+
+    def drain(self) -> None:
+        """Reads the steps that are still under way when all requests have ended."""
+        while self._in_flight:
+            self._read_oldest()
 
     def close(self) -> None:
         """Writes out the record, if one is made, and compiles no further; the engine can run no more then."""

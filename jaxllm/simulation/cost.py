@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
     """Seconds of a step: the longer of reading the weights (and whatever else each step takes) and computing its tokens, then
-    reading the keys and values of all that its sequences attend to, and the host's part.
+    reading the keys and values of all that its sequences attend to, and the host's part. An engine runs a step in the smallest of its
+    shapes that has room for it: where those have been measured (`shapes`), they are in place of the first.
 
     Everything is in seconds, tokens and bytes.
     """
@@ -40,6 +43,8 @@ class CostModel:
     "Bytes a second between device and host memory."
     max_model_len: int = 2048
     "Tokens of the longest prompt and output together."
+    shapes: dict[str, float] = field(default_factory=dict)
+    "Seconds of a step by its shape, `decode SEQUENCES` (a token each) or `mixed TOKENS`, without what its tokens attend to."
 
     def __post_init__(self) -> None:
         for name in ("step_s", "token_s", "kv_tokens", "kv_token_bytes", "host_bandwidth", "max_model_len"):
@@ -48,6 +53,25 @@ class CostModel:
         for name in ("context_token_s", "attend_pair_s", "sequence_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"cost model: {name} must be at least 0, got {getattr(self, name)}")
+        for name, seconds in self.shapes.items():
+            kind, _, size = name.partition(" ")
+            if kind not in ("decode", "mixed") or not size.isdecimal() or not seconds > 0:
+                raise ConfigError(f"cost model: shapes are `decode N` and `mixed N` with seconds above 0, got {name!r}: {seconds}")
+        if len({name.split()[0] for name in self.shapes}) == 1:
+            raise ConfigError("cost model: shapes must have steps of both kinds, `decode N` and `mixed N`")
+
+    @cached_property
+    def _sizes(self) -> dict[str, tuple[list[int], list[float]]]:
+        """By kind: sizes in rising order, and their seconds."""
+        known = {kind: sorted((int(n.split()[1]), t) for n, t in self.shapes.items() if n.startswith(kind)) for kind in ("decode", "mixed")}
+        return {kind: tuple(map(list, zip(*pairs, strict=True))) for kind, pairs in known.items()}
+
+    def _base(self, tokens: int, decode: bool) -> float:
+        if not self.shapes:
+            return max(self.step_s, tokens * self.token_s)
+        sizes, seconds = self._sizes["decode" if decode else "mixed"]
+        i = bisect_left(sizes, tokens)
+        return seconds[i] if i < len(sizes) else seconds[-1] * tokens / sizes[-1]
 
     def seconds(self, plan: StepPlan) -> float:
         """Of a step."""
@@ -56,20 +80,21 @@ class CostModel:
             context += s.start + s.count
             if s.count > 1:
                 pairs += s.count * (s.start + s.count // 2)
-        return self._sum(plan.num_tokens, len(plan.scheduled), context) + pairs * self.attend_pair_s
+        n = len(plan.scheduled)
+        return self._sum(plan.num_tokens, n, context, plan.num_decode == n) + pairs * self.attend_pair_s
 
     def repeated(self, plan: StepPlan) -> tuple[float, float]:
         """(seconds of the step after `plan`, and by how much each further one is longer), all being of one token a sequence."""
         n = len(plan.scheduled)
         context = sum(s.start for s in plan.scheduled) + 2 * n
-        return self._sum(n, n, context), n * self.context_token_s
+        return self._sum(n, n, context, True), n * self.context_token_s
 
-    def _sum(self, tokens: int, sequences: int, context: int) -> float:
-        return max(self.step_s, tokens * self.token_s) + context * self.context_token_s + sequences * self.sequence_s
+    def _sum(self, tokens: int, sequences: int, context: int, decode: bool) -> float:
+        return self._base(tokens, decode) + context * self.context_token_s + sequences * self.sequence_s
 
     def prompt_s(self, tokens: int) -> float:
         """A prompt alone."""
-        return max(self.step_s, tokens * self.token_s) + tokens * self.context_token_s + tokens * tokens / 2 * self.attend_pair_s
+        return self._base(tokens, False) + tokens * self.context_token_s + tokens * tokens / 2 * self.attend_pair_s
 
 
 # OPT-13B: 26 GB of weights in 31 ms a step; 26 GFLOP a token at 60% of 312 TFLOP/s; 0.82 MB of keys and values a token at 1.5 TB/s.

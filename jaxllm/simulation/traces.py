@@ -64,6 +64,11 @@ class Trace:
         columns = ("arrivals", "prompts", "outputs", "blocks", "tenants", "priorities")
         return replace(self, **{name: cut(getattr(self, name)) for name in columns})
 
+    def scaled(self, factor: float) -> Trace:
+        """With prompts, what they have in common, and outputs so many times as long, at least a token each."""
+        tokens = lambda lengths: np.maximum(1, np.rint(lengths * factor)).astype(np.int64)
+        return replace(self, prompts=tokens(self.prompts), outputs=tokens(self.outputs), block=max(1, round(self.block * factor)))
+
     def fitting(self, max_model_len: int) -> tuple[Trace, int]:
         """Without the requests of more tokens than a model takes, and how many those are."""
         keep = np.flatnonzero(self.prompts + self.outputs <= max_model_len)
