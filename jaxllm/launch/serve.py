@@ -47,6 +47,8 @@ class Config(ServerConfig, Command):
     "Of the KV cache; by default what all sequences need, as far as memory allows."
     enable_prefix_caching: bool | None = None
     "Share the KV cache among requests that begin alike. On by default."
+    host_kv_bytes: int | None = None
+    "Host memory for pages that the device's KV cache has no room for; by default none."
     scheduling_policy: str | None = None
     "fcfs: first come, first served, the default; priority: by the requests' `priority`; vtc: fair shares for API keys; and others "
     "(docs/scheduling.md)."

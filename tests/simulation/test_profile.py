@@ -12,7 +12,8 @@ from jaxllm.serving.scheduler import StepPlan
 from jaxllm.simulation import CostModel, Trace, cost_model
 from jaxllm.simulation.profile import Step, fit
 
-MODEL = ["--model", str(MODELS / "llama_gqa"), "--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--max-model-len", "96", "--num-pages", "30"]
+LIMITS = {"max-num-seqs": 4, "max-num-batched-tokens": 32, "max-model-len": 96, "num-pages": 30}
+MODEL = ["--model", str(MODELS / "llama_gqa"), *(word for name, n in LIMITS.items() for word in (f"--{name}", str(n)))]
 
 
 def test_a_fit_finds_what_the_steps_are_made_of():
