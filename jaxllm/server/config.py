@@ -35,6 +35,8 @@ class ServerConfig:
     "Prompts times `n` that one request may have."
     max_body_bytes: int = 4 << 20
     "Bytes of the longest request."
+    max_stored_responses: int = 1000
+    "Finished answers of /v1/responses that are kept in memory, for `previous_response_id` and GET."
     request_timeout: float | None = None
     "Seconds after which a request is ended with an error; by default never."
     drain_timeout: float = 30.0
@@ -49,7 +51,7 @@ class ServerConfig:
     "Log a line for every request."
 
     def __post_init__(self):
-        for name in ("max_pending", "max_prompts", "max_body_bytes"):
+        for name in ("max_pending", "max_prompts", "max_body_bytes", "max_stored_responses"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.port < 65536:
