@@ -87,7 +87,7 @@ class Service:
                     yield news
 
     async def _watched(self, prompt: dict[str, Any], params: SamplingParams, client: Client | None) -> AsyncIterator[RequestOutput]:
-        watch = None
+        watch, counted = None, 0
         if client is not None:
             prompt = prompt | {"tenant": client.name}
         try:
@@ -95,6 +95,7 @@ class Service:
                 watch = self.metrics.watch(params)
                 async for output in outputs:
                     tokens = watch.news(output)
+                    counted += tokens
                     if client is not None:
                         client.spend_tokens(tokens)
                     yield output
@@ -104,6 +105,8 @@ class Service:
         finally:
             if watch is not None:
                 watch.close()
+                if client is not None and not counted:  # it left before the first token, and the prompt was computed for nothing
+                    client.spend_tokens(len(prompt["prompt_token_ids"]))
 
 
 async def _alone(stream: AsyncIterator[RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:

@@ -21,7 +21,7 @@ POOLINGS = ("last", "mean")
 
 @dataclass
 class EmbeddingOutput:
-    """`embedding`: as long as the model's hidden states are wide."""
+    """`embedding`: as long as the model's last hidden states are wide."""
 
     embedding: list[float]
 

@@ -133,10 +133,14 @@ class _Programs:
         """(weights, a block of hidden states, weights of its rows) -> the sum of their normed states [D], float32."""
 
         def pool(weights, hidden, rows):
-            normed = self._normed(self._decoder(weights), hidden).astype(jnp.float32)
-            return jnp.where(rows[:, None] > 0, normed, 0).sum(0)  # rows that are not meant may hold anything
+            decoder = self._decoder(weights)
+            states = self._normed(decoder, hidden)
+            if decoder.project_out is not None:
+                states = decoder.project_out(states)
+            return jnp.where(rows[:, None] > 0, states.astype(jnp.float32), 0).sum(0)  # rows that are not meant may hold anything
 
-        return self._compile("pool", pool, (_abstract(self.weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK, dtype=jnp.float32)))
+        arguments = (_abstract(self.weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK, dtype=jnp.float32))
+        return self._compile("pool", pool, arguments)
 
     def pool(self, program, hidden: jax.Array, rows: jax.Array) -> jax.Array:
         return program(self.weights, hidden, rows)
