@@ -85,7 +85,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.bundle is None:
         options.setdefault("max_num_seqs", 32)
     llm = AsyncLLM(**options)
-    total = sum(1 for line in source.open("rb") if line.strip())
+    with source.open("rb") as file:
+        total = sum(1 for line in file if line.strip())
     progress = ProgressLine("answering", "requests")
     try:
         service = Service(llm, ServerConfig(max_pending=1 << 30, **{name: getattr(config, name) for name in _SERVER}))
