@@ -116,7 +116,9 @@ def _custom_id(raw: bytes) -> str | None:
         return None
 
 
-async def run_batch(service: Service, source: Path, output: Path, *, at_once: int, progress: Callable[[int], None] | None = None) -> BatchCounts:
+async def run_batch(
+    service: Service, source: Path, output: Path, *, at_once: int, progress: Callable[[int], None] | None = None
+) -> BatchCounts:
     """Answers what is not answered yet, so many lines at a time. Raises ConfigError, EngineDeadError or OSError."""
     counts = read_done(output, source)
     earlier, seen, places = counts.lines, {}, asyncio.Semaphore(at_once)

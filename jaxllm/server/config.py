@@ -47,6 +47,8 @@ class ServerConfig:
     "File of the certificate (PEM) to serve https with."
     tls_key: str | None = None
     "File of its private key (PEM)."
+    otlp_traces_endpoint: str | None = None
+    "Send OpenTelemetry traces to this collector: http://HOST:4318/v1/traces (OTLP over HTTP)."
     access_log: bool = True
     "Log a line for every request."
 

@@ -91,7 +91,9 @@ async def prepare(service: Service, store: Store, body: ResponsesRequest) -> Sto
     """Raises ApiError, RequestError or TokenizerError."""
     if body.background and (body.stream or body.store is False):
         name = "stream" if body.stream else "store"
-        raise ApiError(400, f"background=true with {name}={str(bool(body.stream)).lower()} is not implemented: ask again with GET", param=name)
+        raise ApiError(
+            400, f"background=true with {name}={str(bool(body.stream)).lower()} is not implemented: ask again with GET", param=name
+        )
     messages = read_items(body.input)
     if body.previous_response_id is not None:
         before = store.get(body.previous_response_id)

@@ -98,9 +98,7 @@ class LLM:
             [{"prompt_token_ids": tokenizer.apply_chat_template(m, **template)} for m in conversations], sampling_params, use_tqdm=use_tqdm
         )
 
-    def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "last", use_tqdm: bool = True
-    ) -> list[EmbeddingRequestOutput]:
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "last", use_tqdm: bool = True) -> list[EmbeddingRequestOutput]:
         """A vector of length 1 for each prompt: the final hidden state of its `last` token, or the `mean` of all tokens'.
 
         A prompt may have one token less than max_model_len. Raises RequestError.

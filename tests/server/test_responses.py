@@ -8,7 +8,6 @@ import pytest
 from pydantic import BaseModel
 from servers import serving
 
-
 ASK = dict(model="tiny", input="Rain?", temperature=0.0, max_output_tokens=12)
 WEATHER = {
     "type": "function",
@@ -38,16 +37,18 @@ def squeezed(events):
 
 def test_text_is_the_chats(client):
     chat = client.chat.completions.create(
-        model="tiny", messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}], temperature=0, max_tokens=12
+        model="tiny",
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}],
+        temperature=0,
+        max_tokens=12,
     )
     answer = client.responses.create(**ASK, instructions="Be brief.", metadata={"a": "b"})
     assert answer.output_text == chat.choices[0].message.content
     assert answer.usage.input_tokens == chat.usage.prompt_tokens and answer.usage.output_tokens == chat.usage.completion_tokens
     assert chat.choices[0].finish_reason == "length" and answer.status == "incomplete"
     assert answer.incomplete_details.reason == "max_output_tokens" and answer.metadata == {"a": "b"}
-    parts = client.responses.create(
-        **ASK | {"input": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "input_text", "text": "Rain?"}]}]}
-    )
+    part = {"type": "input_text", "text": "Rain?"}
+    parts = client.responses.create(**ASK | {"input": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [part]}]})
     assert parts.output_text == answer.output_text
     stored = client.responses.retrieve(answer.id)
     assert stored.output_text == answer.output_text and stored.usage == answer.usage
@@ -80,7 +81,9 @@ def test_calls_and_their_results(client):
     assert "".join(e.delta for e in events if e.type == "response.function_call_arguments.delta") == done.arguments
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "Dry."}
     by_id = client.responses.create(**ASK | {"input": [result], "previous_response_id": answer.id})
-    by_items = client.responses.create(**ASK | {"input": [{"role": "user", "content": "Rain?"}, call.model_dump(exclude_none=True), result]})
+    by_items = client.responses.create(
+        **ASK | {"input": [{"role": "user", "content": "Rain?"}, call.model_dump(exclude_none=True), result]}
+    )
     assert by_id.output_text == by_items.output_text and by_id.usage.input_tokens == by_items.usage.input_tokens
     assert by_id.previous_response_id == answer.id
 
@@ -90,7 +93,8 @@ def test_a_schema(client):
         sunny: bool
         month: int
 
-    parsed = client.responses.parse(model="tiny", input="Which day?", text_format=Day, max_output_tokens=200, top_p=0.9, extra_body={"seed": 1})
+    asked = dict(model="tiny", input="Which day?", max_output_tokens=200, top_p=0.9, extra_body={"seed": 1})
+    parsed = client.responses.parse(**asked, text_format=Day)
     assert parsed.status in ("completed", "incomplete")
     if parsed.status == "completed":
         assert isinstance(parsed.output_parsed, Day)
