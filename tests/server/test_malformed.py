@@ -110,7 +110,8 @@ def test_wrong_values_of_every_field(post, path, document):
             counts["refused"] += 1
             error = check_refused(status, answer) if status != 404 else answer["error"]
             if not _cannot_be_read(value):
-                told = field in error["message"] or (error["param"] or "").startswith(field) or field in ("tokens", "messages", "prompt", "input")
+                part_of_prompt = field in ("tokens", "messages", "prompt", "input", "instructions")
+                told = part_of_prompt or field in error["message"] or (error["param"] or "").startswith(field)
                 assert told, (field, value[:100], error)
     assert counts["refused"] > len(fields) * 15 and counts["served"] > 0, counts
 
