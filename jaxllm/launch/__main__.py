@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("jaxllm.launch.generate", "Continue prompts with a model, streaming the text."),
     "chat": ("jaxllm.launch.chat", "Talk with a model in the terminal."),
     "serve": ("jaxllm.launch.serve", "Serve a model over HTTP, as OpenAI's API."),
+    "run-batch": ("jaxllm.launch.run_batch", "Answer the requests of a file in OpenAI's batch form, without a server."),
     "convert": ("jaxllm.launch.convert", "Write a model as a Hugging Face safetensors folder."),
     "bench throughput": ("jaxllm.launch.bench.throughput", "Measure tokens a second over many requests at once."),
     "bench latency": ("jaxllm.launch.bench.latency", "Measure the time to the first token and between tokens."),
@@ -88,6 +89,7 @@ def _dispatch(arguments: list[str]) -> dict | None:
         raise ConfigError(unknown(name, list(COMMANDS), noun="command") + " See jaxllm --help")
     command = importlib.import_module(COMMANDS[name][0])
     try:
+        rest = [getattr(command, "SHORT", {}).get(token, token) for token in rest]
         config = parse(command.Config, rest, prog=f"jaxllm {name}")
     except SystemExit:  # --help has printed its page
         return None

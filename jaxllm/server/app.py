@@ -11,13 +11,15 @@ from starlette.responses import Response
 
 import jaxllm
 from jaxllm.errors import JaxLLMError
-from jaxllm.server import chat, completions, info, messages, page, tokens
+from jaxllm.server import chat, completions, embeddings, info, messages, page, responses, tokens
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.errors import ApiError, as_api_error
 from jaxllm.server.gate import Gate
 from jaxllm.server.protocol.chat import ChatRequest
 from jaxllm.server.protocol.completions import CompletionRequest
+from jaxllm.server.protocol.embeddings import EmbeddingRequest
 from jaxllm.server.protocol.messages import CountRequest, MessagesRequest
+from jaxllm.server.protocol.responses import ResponsesRequest
 from jaxllm.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import json_response
@@ -26,12 +28,15 @@ from jaxllm.serving import AsyncLLM
 _POST = [
     ("/v1/chat/completions", chat.chat_completions, ChatRequest),
     ("/v1/completions", completions.completions, CompletionRequest),
+    ("/v1/responses", responses.responses, ResponsesRequest),
+    ("/v1/embeddings", embeddings.embeddings, EmbeddingRequest),
     ("/v1/messages", messages.messages, MessagesRequest),
     ("/v1/messages/count_tokens", messages.count_tokens, CountRequest),
     ("/tokenize", tokens.tokenize, TokenizeRequest),
     ("/detokenize", tokens.detokenize, DetokenizeRequest),
 ]
 _GET = [
+    ("/v1/responses/{response_id}", responses.get),
     ("/v1/models", info.models),
     ("/v1/models/{name:path}", info.model),
     ("/health", info.health),
@@ -49,11 +54,13 @@ def make_app(llm: AsyncLLM, config: ServerConfig | None = None) -> FastAPI:
     config = config or ServerConfig()
     # The pages of docs that FastAPI makes load scripts from elsewhere; the document itself is at /openapi.json.
     app = FastAPI(title="jaxllm", version=jaxllm.__version__, docs_url=None, redoc_url=None)
-    app.state.server = Service(llm, config)
+    app.state.server, app.state.responses = Service(llm, config), responses.Store(config.max_stored_responses)
     for path, handler, _ in _POST:
         app.post(path, response_model=None)(handler)
     for path, handler in _GET:
         app.get(path, response_model=None)(handler)
+    app.post("/v1/responses/{response_id}/cancel", response_model=None)(responses.cancel)
+    app.delete("/v1/responses/{response_id}", response_model=None)(responses.delete)
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (ApiError, JaxLLMError, TimeoutError):  # whatever else there is, the gate answers
         app.add_exception_handler(kind, _error)

@@ -95,7 +95,7 @@ def _path(loc: tuple[str | int, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
-_FORMS = {"str", "int", "bool", "float", "TextPart", "NamedTool"}
+_FORMS = {"str", "int", "bool", "float", "TextPart", "NamedTool", "Part", "NamedFunction"}
 
 
 def _real(tree: Any, loc: tuple[str | int, ...]) -> list[str | int]:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -52,18 +53,21 @@ async def prepare(service: Service, body: ChatRequest) -> Job:
         changes["skip_special_tokens"] = False
     params = sampling_params(body, **changes, structured_outputs=reading.structured or structured_outputs(body))
     ids = await asyncio.to_thread(render, service, body, reading.tools)
+    begun = service.tokenizer.decode(ids[-8:], skip_special_tokens=False).rstrip() if reading.thinks else ""
+    inside_thought = begun.endswith("<think>")
+    if reading.thinks and params.structured_outputs is not None and not begun.endswith("</think>"):
+        params = replace(params, structured_outputs=replace(params.structured_outputs, thinking="open" if inside_thought else "may"))
     salt = {} if body.cache_salt is None else {"cache_salt": body.cache_salt}
-    return Job(service, body, params, {"prompt_token_ids": ids} | salt, reading)
+    return Job(service, body, params, {"prompt_token_ids": ids} | salt, reading, inside_thought)
 
 
 class Job:
     """One request of /v1/chat/completions."""
 
-    def __init__(self, service: Service, body: ChatRequest, params: SamplingParams, prompt: dict[str, Any], reading: Reading):
+    def __init__(self, service: Service, body: ChatRequest, params: SamplingParams, prompt: dict[str, Any], reading: Reading, inside: bool):
+        """`inside`: the prompt ends within a thought."""
         self.service, self.body, self.params, self.prompt = service, body, params, prompt
-        self.reading = reading
-        begun = service.tokenizer.decode(prompt["prompt_token_ids"][-8:], skip_special_tokens=False) if reading.thinks else ""
-        self.inside_thought = begun.rstrip().endswith("<think>")
+        self.reading, self.inside_thought = reading, inside
         self.names = TokenNames(service.tokenizer, bool(body.return_tokens_as_token_ids))
         self.head = {
             "id": f"chatcmpl-{body.request_id or uuid4().hex}",

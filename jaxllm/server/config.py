@@ -35,6 +35,8 @@ class ServerConfig:
     "Prompts times `n` that one request may have."
     max_body_bytes: int = 4 << 20
     "Bytes of the longest request."
+    max_stored_responses: int = 1000
+    "Finished answers of /v1/responses that are kept in memory, for `previous_response_id` and GET."
     request_timeout: float | None = None
     "Seconds after which a request is ended with an error; by default never."
     drain_timeout: float = 30.0
@@ -45,11 +47,13 @@ class ServerConfig:
     "File of the certificate (PEM) to serve https with."
     tls_key: str | None = None
     "File of its private key (PEM)."
+    otlp_traces_endpoint: str | None = None
+    "Send OpenTelemetry traces to this collector: http://HOST:4318/v1/traces (OTLP over HTTP)."
     access_log: bool = True
     "Log a line for every request."
 
     def __post_init__(self):
-        for name in ("max_pending", "max_prompts", "max_body_bytes"):
+        for name in ("max_pending", "max_prompts", "max_body_bytes", "max_stored_responses"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.port < 65536:

@@ -14,6 +14,7 @@ from jaxllm.server.errors import ApiError, as_api_error
 from jaxllm.server.keys import current_client
 from jaxllm.server.service import Service
 from jaxllm.server.streaming import ClientLeft, json_response
+from jaxllm.server.tracing import HEADERS, trace_headers
 
 access = logging.getLogger("jaxllm.access")
 
@@ -35,6 +36,7 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        trace_headers.set({name: headers[name] for name in HEADERS if name in headers})
         status = None
 
         async def tell(message: Message) -> None:

@@ -35,7 +35,7 @@ def plan_reading(service: Service, body: ChatRequest) -> Reading:
     """Raises ApiError."""
     choice, form = body.tool_choice, body.response_format
     is_json = form is not None and form.type != "text"
-    thinks = service.thinks and not is_json and body.structured_outputs is None
+    thinks = service.thinks
     if not body.tools:
         if choice not in (None, "none") or body.parallel_tool_calls is not None:
             name = "tool_choice" if choice is not None else "parallel_tool_calls"
@@ -61,7 +61,7 @@ def plan_reading(service: Service, body: ChatRequest) -> Reading:
         name = choice.function.name
         if name not in schemas:
             raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
-        return Reading(plain, {"json": schemas[name], "disable_any_whitespace": True}, lambda: Required(name), named=True)
+        return Reading(plain, {"json": schemas[name], "disable_any_whitespace": True}, lambda: Required(name), thinks, named=True)
     calls = [
         {
             "type": "object",
@@ -73,7 +73,7 @@ def plan_reading(service: Service, body: ChatRequest) -> Reading:
     ]
     most = {} if parallel else {"maxItems": 1}
     schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1} | most
-    return Reading(plain, {"json": schema, "disable_any_whitespace": True}, Required, parallel=parallel)
+    return Reading(plain, {"json": schema, "disable_any_whitespace": True}, Required, thinks, parallel=parallel)
 
 
 class Reader:

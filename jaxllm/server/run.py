@@ -55,6 +55,11 @@ class Server(uvicorn.Server):
         name, pending = signal.Signals(sig).name, self._service.pending
         logger.warning("%s: %d prompts have %g s to finish; the same signal again ends them at once", name, pending, self._timeout)
 
+    def close(self) -> None:
+        """Sends the traces that have not been sent."""
+        if self._service.tracer is not None:
+            self._service.tracer.close()
+
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to end."""
         if self._service.draining and self._service.pending and time.monotonic() > self._deadline:
@@ -67,7 +72,9 @@ class Server(uvicorn.Server):
 def run_server(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT, drains, and shuts the engine down."""
     try:
-        make_server(llm, config).run(sockets=[listener])
+        server = make_server(llm, config)
+        server.run(sockets=[listener])
+        server.close()
     finally:
         llm.shutdown()
 

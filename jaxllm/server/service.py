@@ -14,6 +14,7 @@ from jaxllm.server.errors import ApiError
 from jaxllm.server.keys import Client, current_client, read_keys
 from jaxllm.server.metrics import Metrics
 from jaxllm.server.tools import guess_parser
+from jaxllm.server.tracing import Tracer
 from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
 from jaxllm.serving.engine import get_tokenizer
 
@@ -30,6 +31,7 @@ class Service:
         self.tool_parser = None if parser == "none" else parser  # a name of `tools.PARSERS`
         self.thinks = "<think>" in (template or "") if config.reasoning_parser == "auto" else config.reasoning_parser == "think"
         self.metrics = Metrics(llm, self.names[0])
+        self.tracer = None if config.otlp_traces_endpoint is None else Tracer(config.otlp_traces_endpoint, self.names[0])
         self.created = int(time.time())
         self.draining = False
         self.pending = 0  # prompts that are not finished
@@ -87,7 +89,7 @@ class Service:
                     yield news
 
     async def _watched(self, prompt: dict[str, Any], params: SamplingParams, client: Client | None) -> AsyncIterator[RequestOutput]:
-        watch = None
+        watch, counted, output = None, 0, None
         if client is not None:
             prompt = prompt | {"tenant": client.name}
         try:
@@ -95,6 +97,7 @@ class Service:
                 watch = self.metrics.watch(params)
                 async for output in outputs:
                     tokens = watch.news(output)
+                    counted += tokens
                     if client is not None:
                         client.spend_tokens(tokens)
                     yield output
@@ -104,6 +107,10 @@ class Service:
         finally:
             if watch is not None:
                 watch.close()
+                if self.tracer is not None and output is not None:
+                    self.tracer.tell(output, params)
+                if client is not None and not counted:  # it left before the first token, and the prompt was computed for nothing
+                    client.spend_tokens(len(prompt["prompt_token_ids"]))
 
 
 async def _alone(stream: AsyncIterator[RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:

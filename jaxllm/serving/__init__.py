@@ -5,6 +5,7 @@ from jaxllm.serving.beam import BeamSearchOutput, BeamSearchParams, BeamSearchSe
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine
 from jaxllm.serving.llm import LLM
+from jaxllm.serving.pooling import EmbeddingOutput, EmbeddingRequestOutput
 from jaxllm.serving.request import CompletionOutput, RequestOutput, SamplingParams
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "BeamSearchParams",
     "BeamSearchSequence",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "Engine",
     "EngineConfig",
     "EngineDeadError",

@@ -22,6 +22,7 @@ from jaxllm.serving.loading import load
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.logprobs import TokenLogprobs
 from jaxllm.serving.output import TextStream
+from jaxllm.serving.pooling import add_rows, check_pooling, embedding
 from jaxllm.serving.programs import NO_TOKEN
 from jaxllm.serving.progress import ProgressLine
 from jaxllm.serving.replay import RecordingScheduler, open_record
@@ -94,11 +95,13 @@ class Engine:
         request_id: str | None = None,
         cache_salt: str | None = None,
         tenant: str = "",
+        pooling: str | None = None,
         matcher: Matcher | None = None,
     ) -> str:
         """Queues a request and returns its id. Raises RequestError if it cannot be served.
 
         It shares the KV cache with requests of the same `cache_salt` only. `tenant`: whom it is for; policies may share out by it.
+        `pooling`: `last` or `mean`, for a request of one token whose output has an `embedding`.
         `matcher`: what `matcher(params)` has made, which takes time.
         """
         ids = check_prompt(prompt_token_ids, params, vocab_size=self.vocab_size, max_model_len=self.limits.max_model_len)
@@ -109,6 +112,7 @@ class Engine:
             has_tokenizer=self.tokenizer is not None,
             processors=self.runner.processors,
         )
+        check_pooling(pooling, params)
         number = self._num_added
         if request_id is None:
             request_id = next(name for i in itertools.count(number) if (name := str(i)) not in self._requests)
@@ -127,9 +131,11 @@ class Engine:
             salt=salt_name(cache_salt),
             matcher=self.matcher(params) if matcher is None else matcher,
             tenant=tenant,
+            pooling=pooling,
         )
         seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, number)
-        shares = self._shares_pages and params.prompt_logprobs is None  # those need every token of the prompt computed
+        # Prompt log-probabilities and a mean need every token of the prompt computed.
+        shares = self._shares_pages and params.prompt_logprobs is None and pooling != "mean"
         names = page_names(ids, self.limits.page_size, request.salt) if shares else None
         if params.use_beam_search:
             self.scheduler.check(len(ids), request.max_tokens, params.priority)  # each of its sequences is shorter
@@ -249,6 +255,9 @@ class Engine:
                 request = completion.request
                 for i, token in enumerate(rows.tokens):
                     request.prompt_logprobs[rows.start + i] = self._logprobs(logprobs, i, token, request.params.prompt_logprobs)
+        for rows, total in launched.pooled:
+            if (completion := self._completions.get(rows.sequence)) is not None:
+                add_rows(completion.request, total)
         advanced: dict[str, Request] = {}
         for row, (scheduled, token) in enumerate(zip(plan.scheduled, launched.tokens.tolist(), strict=False)):  # the rest is padding
             if scheduled.samples and not scheduled.sequence.ended:  # it may have been aborted since
@@ -345,6 +354,8 @@ class Engine:
     def _output(self, request: Request, now: float) -> RequestOutput:
         output = request.output()
         if output.finished:
+            if request.hidden_sum is not None:
+                output.embedding = embedding(request)
             request.metrics.finished_time = now
             del self._requests[request.request_id]
         return output

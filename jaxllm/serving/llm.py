@@ -10,6 +10,7 @@ from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine, get_tokenizer
 from jaxllm.serving.executables import bundle_settings
 from jaxllm.serving.logits import LogitsProcessor
+from jaxllm.serving.pooling import EmbeddingRequestOutput, as_embedding, embedding_params
 from jaxllm.serving.progress import ProgressLine
 from jaxllm.serving.prompt import Prompt, read_labels, read_prompt
 from jaxllm.serving.request import RequestOutput, SamplingParams
@@ -96,6 +97,16 @@ class LLM:
         return self.generate(
             [{"prompt_token_ids": tokenizer.apply_chat_template(m, **template)} for m in conversations], sampling_params, use_tqdm=use_tqdm
         )
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "last", use_tqdm: bool = True) -> list[EmbeddingRequestOutput]:
+        """A vector of length 1 for each prompt: the final hidden state of its `last` token, or the `mean` of all tokens'.
+
+        A prompt may have one token less than max_model_len. Raises RequestError.
+        """
+        prompts = [prompts] if isinstance(prompts, (str, dict)) else _as_list(prompts, "prompts must be a prompt or a list of them")
+        named = ({"prompt": p} if isinstance(p, str) else p for p in prompts)
+        pooled = [p | {"pooling": pooling} if isinstance(p, dict) else p for p in named]
+        return [as_embedding(output) for output in self.generate(pooled, embedding_params(), use_tqdm=use_tqdm)]
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """Continues prompts by beam search; see `beam`. Raises RequestError."""

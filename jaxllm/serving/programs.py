@@ -129,6 +129,22 @@ class _Programs:
     def prompt_logprobs(self, program, hidden: jax.Array, tokens: jax.Array) -> TokenLogprobs:
         return program(self.weights, hidden, tokens)
 
+    def compile_pool(self):
+        """(weights, a block of hidden states, weights of its rows) -> the sum of their normed states [D], float32."""
+
+        def pool(weights, hidden, rows):
+            decoder = self._decoder(weights)
+            states = self._normed(decoder, hidden)
+            if decoder.project_out is not None:
+                states = decoder.project_out(states)
+            return jnp.where(rows[:, None] > 0, states.astype(jnp.float32), 0).sum(0)  # rows that are not meant may hold anything
+
+        arguments = (_abstract(self.weights), self._hidden(PROMPT_BLOCK), self._shape(PROMPT_BLOCK, dtype=jnp.float32))
+        return self._compile("pool", pool, arguments)
+
+    def pool(self, program, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+        return program(self.weights, hidden, rows)
+
     def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
         return self._shape(tokens, self.config.hidden_size, dtype=self._dtype)
 

@@ -8,13 +8,13 @@ from jaxllm.serving.engine import Engine, get_tokenizer
 from jaxllm.serving.request import SamplingParams
 
 Prompt = str | dict[str, Any]
-_LABELS = ("cache_salt", "tenant")
+_LABELS = ("cache_salt", "tenant", "pooling")
 _KEYS = {"prompt", "prompt_token_ids", *_LABELS}
 
 
 def read_labels(prompt: Prompt) -> dict[str, str]:
-    """What a dict says beside the prompt: `cache_salt`, with whom it shares the KV cache, and `tenant`, whom it is for. Raises
-    RequestError."""
+    """What a dict says beside the prompt: `cache_salt`, with whom it shares the KV cache, `tenant`, whom it is for, and `pooling`,
+    how its hidden states become an embedding. Raises RequestError."""
     labels = {name: prompt[name] for name in _LABELS if prompt.get(name) is not None} if isinstance(prompt, dict) else {}
     for name, label in labels.items():
         if not isinstance(label, str) or not label:
@@ -25,7 +25,7 @@ def read_labels(prompt: Prompt) -> dict[str, str]:
 def read_prompt(prompt: Prompt, params: SamplingParams, engine: Engine) -> tuple[str | None, Sequence[int]]:
     """Text and token ids of a prompt: a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`. Raises RequestError.
 
-    A dict may have a `cache_salt` and a `tenant` too, which `read_labels` reads.
+    A dict may have a `cache_salt`, a `tenant` and a `pooling` too, which `read_labels` reads.
     """
     if not isinstance(params, SamplingParams):
         raise RequestError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")

@@ -4,6 +4,8 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from jaxllm.serving.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0  # of the prompt, that were in the KV cache already
     prompt_logprobs: "list[dict[int, Logprob] | None] | None" = None  # for each token; None for the first
+    embedding: np.ndarray | None = None  # float32 [D], of length 1, where the prompt asked for `pooling`
 
 
 @dataclass(eq=False)
@@ -116,6 +119,9 @@ class Request:
     matcher: "Matcher | None" = None  # at the beginning of its structured output
     salt: bytes = b""  # its pages are shared with requests of the same salt only
     tenant: str = ""
+    pooling: str | None = None  # `pooling.POOLINGS`
+    pooled: int = 0  # tokens of the prompt whose hidden states are taken care of
+    hidden_sum: np.ndarray | None = None  # float32 [D]
     completions: list[Completion] = field(default_factory=list)
     num_cached_tokens: int = 0
 

@@ -21,6 +21,7 @@ from jaxllm.serving.host_pages import HostPages
 from jaxllm.serving.kv_cache import make_kv_pages
 from jaxllm.serving.logits import LogitsProcessor, check_processors
 from jaxllm.serving.logprobs import TokenLogprobs
+from jaxllm.serving.pooling import PoolRows, pool_rows
 from jaxllm.serving.programs import PROMPT_BLOCK, DeviceState, LayerByLayer, WholeStep
 from jaxllm.serving.request import Completion
 from jaxllm.serving.scheduler import ScheduledSequence, SchedulerConfig, StepPlan
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Programs beside those of the buckets, by what they do. Those that cut blocks out of hidden states go by the number of tokens.
 # Those that write masks have their size with them, and those that move pages to host memory and back.
-_COPY, _WRITE_SLOT, _PROMPT_LOGPROBS, _WRITE_MASKS = "copy pages", "write a slot", "prompt logprobs", "write masks"
+_COPY, _WRITE_SLOT, _PROMPT_LOGPROBS, _WRITE_MASKS, _POOL = "copy pages", "write a slot", "prompt logprobs", "write masks", "pool"
 _SAVE, _FETCH = "save", "fetch"
 _Key = Bucket | str | int | tuple[str, int]
 
@@ -67,6 +68,7 @@ class Prepared:
     slots: list[np.ndarray]  # to write
     logprobs: bool  # whether any sequence asks for them
     prompt_rows: list[PromptRows]
+    pool_rows: list[PoolRows]
 
 
 class Launched(NamedTuple):
@@ -75,6 +77,7 @@ class Launched(NamedTuple):
     tokens: jax.Array
     logprobs: TokenLogprobs | None
     prompt_logprobs: list[tuple[PromptRows, TokenLogprobs]]
+    pooled: list[tuple[PoolRows, jax.Array]]  # and their sum [D]
 
 
 class Runner:
@@ -148,7 +151,7 @@ class Runner:
         """
         decode, mixed = ([b for b in self.buckets if b.decode == kind] for kind in (True, False))
         enough = [mixed[-1], decode[-1]]
-        small = [_WRITE_SLOT, _COPY, _PROMPT_LOGPROBS, *sorted({bucket.tokens for bucket in self.buckets})]
+        small = [_WRITE_SLOT, _COPY, _PROMPT_LOGPROBS, _POOL, *sorted({bucket.tokens for bucket in self.buckets})]
         small += [(_WRITE_MASKS, size) for size in self._masks.sizes]
         if self.host_pages is not None:
             small += [(kind, size) for size in self.host_pages.sizes for kind in (_SAVE, _FETCH)]
@@ -184,6 +187,7 @@ class Runner:
             [self._slots.pack(c, s.sequence.slot) for s, c in zip(plan.scheduled, chosen, strict=True) if s.admitted and needs_slot(c)],
             any(s.samples and c.request.params.logprobs is not None for s, c in zip(plan.scheduled, chosen, strict=True)),
             _prompt_rows(plan, chosen),
+            pool_rows(plan, chosen),
         )
 
     def launch(self, step: Prepared, masks: Callable[[], tuple[list[int], np.ndarray]] | None = None) -> Launched:
@@ -208,11 +212,18 @@ class Runner:
         drawn, hidden = self.programs.run(self._program(step.bucket), state, buffer, before_draw if masks is not None else None)
         prompts = []
         for rows in step.prompt_rows:
-            first = jax.device_put(np.int32(rows.first_row), self._whole)
-            block = self._program(step.bucket.tokens)(hidden, first)
+            block = self._block(step.bucket, hidden, rows.first_row)
             tokens = jax.device_put(np.asarray(rows.tokens + [0] * (PROMPT_BLOCK - len(rows.tokens)), np.int32), self._whole)
             prompts.append((rows, self.programs.prompt_logprobs(self._program(_PROMPT_LOGPROBS), block, tokens)))
-        return Launched(drawn.tokens, drawn.logprobs if step.logprobs else None, prompts)
+        pooled = []
+        for rows in step.pool_rows:
+            block, weights = self._block(step.bucket, hidden, rows.first_row), jax.device_put(rows.weights(), self._whole)
+            pooled.append((rows, self.programs.pool(self._program(_POOL), block, weights)))
+        return Launched(drawn.tokens, drawn.logprobs if step.logprobs else None, prompts, pooled)
+
+    def _block(self, bucket: Bucket, hidden: jax.Array, first_row: int) -> jax.Array:
+        """PROMPT_BLOCK rows of a step's hidden states."""
+        return self._program(bucket.tokens)(hidden, jax.device_put(np.int32(first_row), self._whole))
 
     def _ready_buckets(self) -> list[Bucket]:
         """Those whose programs are there; all of them where none was compiled ahead."""
@@ -238,6 +249,8 @@ class Runner:
             return self._slots.compile()
         if key == _PROMPT_LOGPROBS:
             return self.programs.compile_prompt_logprobs()
+        if key == _POOL:
+            return self.programs.compile_pool()
         if isinstance(key, tuple):
             return self._masks.compile(key[1]) if key[0] == _WRITE_MASKS else self.host_pages.compile(*key)
         if isinstance(key, int):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,13 +30,13 @@ _FORMS: dict[str, dict[str, Any]] = {
     "grammar": {"type": "string"},
     "structural_tag": {"type": ["object", "string"]},
 }
-_ANY_SPACE = {"disable_any_whitespace": {"type": "boolean"}}
+_BESIDE = {"disable_any_whitespace": {"type": "boolean"}, "thinking": {"enum": ["may", "open", None]}}
 SCHEMA: dict[str, Any] = {
     "type": ["object", "null"],
     "oneOf": [
         {"type": "null"},
         *(
-            {"type": "object", "properties": {name: form} | _ANY_SPACE, "required": [name], "additionalProperties": False}
+            {"type": "object", "properties": {name: form} | _BESIDE, "required": [name], "additionalProperties": False}
             for name, form in _FORMS.items()
         ),
     ],
@@ -55,6 +55,8 @@ class StructuredOutputs:
       grammar: a context-free grammar, in Lark's form or GBNF (llama.cpp's EBNF).
       structural_tag: any text, in which each of `triggers` begins one of `structures`: its `begin`, JSON of its `schema`, its `end`.
       disable_any_whitespace: JSON without spaces and new lines between its parts.
+      thinking: what is said of it holds after `</think>` only, if the output begins with `<think>` (`may`), or as the prompt ends with it
+        (`open`); see `thinking.ThinkingMatcher`.
     """
 
     json: str | dict[str, Any] | bool | None = None
@@ -64,6 +66,7 @@ class StructuredOutputs:
     grammar: str | None = None
     structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: bool = False
+    thinking: str | None = None
 
     def __post_init__(self):
         said = [name for name in _FORMS if getattr(self, name) is not None and not (name == "json_object" and self.json_object is False)]
@@ -72,6 +75,8 @@ class StructuredOutputs:
         texts = all(value is None or isinstance(value, str) for value in (self.regex, self.grammar))
         if not texts or not isinstance(self.json_object, bool | None) or not isinstance(self.disable_any_whitespace, bool):
             raise ValueError("must have regex and grammar as texts, json_object and disable_any_whitespace as true or false")
+        if self.thinking not in (None, "may", "open"):
+            raise ValueError("must have thinking as may or open")
         if isinstance(self.json, str | dict | bool):  # kept as text, so that it cannot change
             object.__setattr__(self, "json", json.dumps(json.loads(self.json) if isinstance(self.json, str) else self.json))
         elif self.json is not None:
@@ -160,6 +165,9 @@ class Matcher:
         self.matcher.consume_token(token)
         return self.matcher.is_stopped()
 
+    def widen(self, mask: np.ndarray) -> None:
+        """Adds to the tokens (uint32 [V/32]) that may come next."""
+
     @property
     def error(self) -> str | None:
         """Why it can go no further, if the grammar asks for too much work, or a token came that it does not allow."""
@@ -177,7 +185,14 @@ class Grammars:
 
     def matcher(self, spec: StructuredOutputs) -> Matcher:
         """For one sequence, at its beginning. Takes up to a second. Raises RequestError for a grammar that is none."""
-        return self._compiled(spec).copy()
+        if spec.thinking is None:
+            return self._compiled(spec).copy()
+        from jaxllm.serving.thinking import OPENING, ThinkingMatcher
+
+        plain = self._compiled(replace(spec, thinking=None)).copy()
+        decode = partial(self._tokenizer.decode, skip_special_tokens=False)
+        known = lambda tokens: decode([token for token in tokens if self._tokenizer.has_token(token)])
+        return ThinkingMatcher(plain, known, self._tokenizer.backend.token_to_id(OPENING), inside=spec.thinking == "open")
 
     def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
         """uint32 [len(matchers), V/32]: a bit for each token that may come next; none where the matcher has an error."""
@@ -188,6 +203,8 @@ class Grammars:
         for mask, matcher in zip(masks, matchers, strict=True):
             if matcher.error is not None:  # else its end would be told apart from a good one by nobody
                 mask[:] = 0
+            else:
+                matcher.widen(mask.view(np.uint32))
         return masks.view(np.uint32)
 
     def _prepare(self) -> llguidance.LLTokenizer:

@@ -10,7 +10,7 @@ CHATML = (
     "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + ' Call: <tool_call>...</tool_call><|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
     "{{ (m.tool_calls | tojson if m.tool_calls else '') + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ('<' + 'think>' if think else '') }}{% endif %}"
 )
 
 

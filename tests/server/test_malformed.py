@@ -14,6 +14,8 @@ from servers import settled
 BASE = {
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/embeddings": {"input": "x"},
+    "/v1/responses": {"input": "x", "max_output_tokens": 1},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [5]},
 }
@@ -108,7 +110,8 @@ def test_wrong_values_of_every_field(post, path, document):
             counts["refused"] += 1
             error = check_refused(status, answer) if status != 404 else answer["error"]
             if not _cannot_be_read(value):
-                told = field in error["message"] or (error["param"] or "").startswith(field) or field in ("tokens", "messages", "prompt")
+                part_of_prompt = field in ("tokens", "messages", "prompt", "input", "instructions")
+                told = part_of_prompt or field in error["message"] or (error["param"] or "").startswith(field)
                 assert told, (field, value[:100], error)
     assert counts["refused"] > len(fields) * 15 and counts["served"] > 0, counts
 

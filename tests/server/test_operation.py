@@ -17,11 +17,12 @@ import openai
 import pytest
 from servers import serving, settled
 
-from jaxllm import AsyncLLM
+from jaxllm import AsyncLLM, SamplingParams
 from jaxllm.errors import ConfigError
 from jaxllm.server.config import ServerConfig
-from jaxllm.server.keys import Allowance, read_keys
+from jaxllm.server.keys import Allowance, Client, KeySettings, current_client, read_keys
 from jaxllm.server.run import listen
+from jaxllm.server.service import Service
 
 LONG = {"prompt": "The quick", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
 
@@ -135,6 +136,22 @@ def test_keys_with_names_and_limits(llm, tmp_path, monkeypatch, caplog):
         assert list(stream(model="tiny", prompt="x", max_tokens=2, stream=True)) and tenants[-1] == "carol"
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].endswith("client='alice'") and not any("key=" in line for line in lines)
+
+
+def test_who_leaves_early_pays_for_the_prompt(llm):
+    async def leave():
+        service = Service(llm, ServerConfig())
+        client = Client("ann", KeySettings(key="a", tokens_per_minute=1000))
+        current_client.set(client)
+        answer = asyncio.ensure_future(anext(service.run([{"prompt_token_ids": [5] * 400}], SamplingParams(max_tokens=5))))
+        while not (llm.engine.has_work or answer.done()):
+            await asyncio.sleep(0)
+        assert not answer.done()
+        answer.cancel()
+        await asyncio.gather(answer, return_exceptions=True)
+        return client._tokens.left
+
+    assert asyncio.run(leave()) == pytest.approx(600, abs=20)  # a little has come back since
 
 
 def test_a_minutes_worth_comes_back_in_a_minute():

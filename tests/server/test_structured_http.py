@@ -5,7 +5,7 @@ import json
 import openai
 import pydantic
 import pytest
-from servers import settled
+from servers import serving, settled
 
 CHAT = [{"role": "user", "content": "Who?"}]
 
@@ -66,3 +66,18 @@ def test_the_other_forms(client):
 def test_what_is_wrong_with_them_is_said(client, extra, what):
     with pytest.raises(openai.BadRequestError, match=what):
         client.completions.create(model="tiny", prompt="x", extra_body=extra)
+
+
+def test_thoughts_come_before_the_structure(llm):
+    """The marks are wanted by a bias, which stands in for a model that was taught to think."""
+    mark = llm.get_tokenizer().backend.token_to_id("<think>")
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, 22]}, "strict": True}}
+    with serving(llm, reasoning_parser="think") as (where, _):
+        client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+        asked = dict(model="tiny", messages=CHAT, response_format=schema, max_tokens=30, seed=1)
+        plain = client.chat.completions.create(**asked, logit_bias={str(mark): -100}).choices[0]
+        assert json.loads(plain.message.content) in (1, 22) and plain.finish_reason == "stop"
+        thinking = client.chat.completions.create(**asked, logit_bias={str(mark): 100}).choices[0].message
+        assert thinking.reasoning_content and not thinking.content  # it thinks on and on, in words that are no JSON
+        closed = client.chat.completions.create(**asked, extra_body={"chat_template_kwargs": {"think": True}}).choices[0].message
+        assert closed.reasoning_content and not closed.content
