@@ -94,6 +94,9 @@ async def prepare(service: Service, store: Store, body: ResponsesRequest) -> Sto
         raise ApiError(
             400, f"background=true with {name}={str(bool(body.stream)).lower()} is not implemented: ask again with GET", param=name
         )
+    if (body.max_output_tokens or 0) > service.max_model_len:
+        message = f"max_output_tokens={body.max_output_tokens} exceeds max_model_len={service.max_model_len}: ask for fewer"
+        raise ApiError(400, message, param="max_output_tokens")
     messages = read_items(body.input)
     if body.previous_response_id is not None:
         before = store.get(body.previous_response_id)
