@@ -62,19 +62,6 @@ def test_the_largest_pages():
     check(make_batch((2, [1, 1, 40], [300, 0, 700], 1), 256, 4, 2, 64), atol=1e-5)
 
 
-@settings(max_examples=4, deadline=None)
-@given(batch=batches(16))
-def test_bfloat16(batch):
-    check(make_batch(batch, 16, 8, 2, 128, jnp.bfloat16), atol=2e-2)
-
-
-@pytest.mark.parametrize("num_decode", [0, 1, 12])
-def test_decode_only(num_decode):
-    rng = np.random.default_rng(num_decode)
-    past = rng.integers(0, 300, num_decode).tolist()
-    check(make_batch((num_decode, [1] * num_decode, past, 5), 16, 4, 2, 128), atol=1e-5, decode_only=True)
-
-
 def test_fewer_tokens_than_there_is_room_for_sequences():
     q, k, v, *rest = make_batch((2, [1, 1], [30, 50], 0), 16, 4, 2, 64)
     check((q[:4], k[:4], v[:4], *rest), atol=1e-5, decode_only=True)

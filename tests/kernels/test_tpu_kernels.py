@@ -53,19 +53,6 @@ def test_matches_reference(heads, kv_heads, head_dim, options, batch):
     check(make_batch(batch, 16, heads, kv_heads, head_dim), atol=1e-5, **options)
 
 
-@settings(max_examples=3, deadline=None)
-@given(batch=batches(16))
-def test_bfloat16(batch):
-    check(make_batch(batch, 16, 8, 2, 128, jnp.bfloat16), atol=2e-2)
-
-
-@pytest.mark.parametrize("num_decode", [0, 1, 12])
-def test_decode_only(num_decode):
-    rng = np.random.default_rng(num_decode)
-    past = rng.integers(0, 300, num_decode).tolist()
-    check(make_batch((num_decode, [1] * num_decode, past, 5), 16, 4, 2, 128), atol=1e-5, decode_only=True)
-
-
 def test_pages_that_tiles_do_not_divide():
     with pytest.raises(ValueError, match="page_size 8 is not a multiple of 16"):
         ragged_paged_attention_tpu(*make_batch((1, [1], [5], 0), 8, 4, 2, 128, jnp.bfloat16), scale=1.0, **PLAIN)
