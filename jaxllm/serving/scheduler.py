@@ -80,6 +80,7 @@ class Sequence:
     to_fetch: int = 0  # of its pages, those that come from host memory: not yet there while it is being admitted
     level: int = 0  # what a policy remembers
     spent: float = 0.0  # likewise
+    due: float = 0.0  # likewise
 
 
 class ScheduledSequence(NamedTuple):
@@ -299,6 +300,7 @@ class Scheduler:
             self.waiting.pop(0)
             self._leave_source(sequence)
             sequence.slot = self._free_slots.pop()
+            sequence.tenant.running += 1
             sequence.num_known, sequence.turn = sequence.num_tokens, now
             self.running.add(sequence)
             if timed:
@@ -431,9 +433,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """Takes a sequence from wherever it runs or waits. What it has computed stays for forks."""
         if sequence.slot >= 0:
-            self.running.remove(sequence)
-            self._free_slots.append(sequence.slot)
-            sequence.slot = -1
+            self._leave_place(sequence)
             self._promise(sequence, 0)
             self._kept[sequence] = None
             self._unsettled = True
@@ -445,6 +445,12 @@ class Scheduler:
         for fork in sequence.parked:
             self.waiting.add(fork)
         sequence.parked = []
+
+    def _leave_place(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+        sequence.tenant.running -= 1
 
     def _drop(self, sequence: Sequence) -> None:
         """Frees what a sequence that runs no more was keeping."""
@@ -479,9 +485,7 @@ class Scheduler:
         sequence.promised = pages
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
+        self._leave_place(sequence)
         self._let_go(sequence)
         self._unsettled = True
         sequence.turn = self._now

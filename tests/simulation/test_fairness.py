@@ -1,12 +1,13 @@
 """A tenant that floods the machine."""
 
 import numpy as np
+import pytest
 
 from jaxllm.simulation import MACHINES, Arrivals, Trace, draw_workload, limits_of, simulate
 
 MACHINE = MACHINES["opt-13b/a100"]
 LIMITS = dict(max_num_seqs=16, max_num_batched_tokens=512, page_size=16)
-QUIET, RATE = 16, 1.0  # well below its share of what the machine serves, 9 requests a second
+QUIET, RATE = 41, 1.0  # well below its share of what the machine serves, 9 requests a second
 
 
 def p99_ttft(policy: str, times: int) -> float:
@@ -21,7 +22,9 @@ def p99_ttft(policy: str, times: int) -> float:
     return float(np.percentile((outcome.first_token - trace.arrivals)[order < QUIET], 99))
 
 
-def test_vtc_shields_a_tenant_from_one_that_floods():
-    """From 10 times as many requests, which fill the machine, to 100 times: it waits for a place, however many others do."""
-    assert p99_ttft("vtc", 100) < 1.5 * p99_ttft("vtc", 10)
-    assert p99_ttft("fcfs", 100) > 10 * p99_ttft("vtc", 100)
+@pytest.mark.parametrize("policy", ["vtc", "adaptive"])
+def test_a_tenant_is_shielded_from_one_that_floods(policy):
+    """From as many requests as it sends itself, of which the machine hardly takes notice, to 100 times as many."""
+    alone = p99_ttft(policy, 1)
+    assert alone < 0.2 and p99_ttft(policy, 100) < 1.5 * alone
+    assert p99_ttft("fcfs", 20) > 100 * alone

@@ -22,7 +22,8 @@ class Adaptive(Policy):
     The work is the part of its tokens that has to be computed (not what is cached) and Gittins's index of what it has drawn, both in
     generated tokens (`Lengths.index`): what distinguishes short from long is learned from the requests that have ended. As everyone's
     arrival stays where it is, whoever waits ages continuously, and nobody is overtaken by one that comes later than its handicap:
-    no handicap is longer than `patience`, `backlog` or `most_s` say.
+    no handicap is longer than `patience`, `backlog` or `most_s` say. Of several tenants, one that sends more than its share is not let
+    before the others: its requests rank by when their turn would be at its share (`_due`).
     """
 
     timed = preempts = True
@@ -54,16 +55,27 @@ class Adaptive(Policy):
 
     def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
         s = sequence
+        if s.due == 0.0:
+            s.due = self._due(s, book)
         drawn = book.lengths.index(s.num_prompt, s.num_tokens - s.num_prompt, book.shortness)
         work = self.prompt_weight * (s.num_tokens - s.num_computed) + drawn
-        return (s.arrived + min(book.most, book.token_s * work) - self.seniority * s.service, s.arrival, s.number)
+        return (s.due + min(book.most, book.token_s * work) - self.seniority * s.service, s.arrival, s.number)
 
     rank_again = rank
+
+    def _due(self, sequence: Sequence, book: Book) -> float:
+        """When it came; or, if there are several tenants, when its turn would be if its own had its share of the places and all were of
+        the mean length (start-time fair queueing: Goyal et al., 1996). Of one tenant, nobody is due before who came earlier."""
+        tenant, due = sequence.tenant, max(sequence.arrived, sequence.tenant.last_due)
+        ran = (book.service + _FIRST_SERVICE_S) / (book.ended + 1)
+        tenant.last_due = due + (ran * book.num_live / book.places if book.num_live > 1 else 0.0)
+        return due
 
     def due(self, sequence: Sequence, now: float) -> float:
         return now + self.review_s
 
     def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
+        book.places = max(book.places, len(running))
         most, lengths, prompts = self.most_s, book.lengths, self.prompt_weight * book.prompts / (book.ended + 1)
         # The less of the work is a surprise, the further short ones can be let past without pushing back those who turn out to be long,
         # and the more the order that is best for the mean time is best for the time per token, too.
@@ -85,4 +97,5 @@ class Adaptive(Policy):
         return now + self.review_s
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:
-        return waiting.rank[0] + running.spent < running.rank[0]
+        crowded = waiting.tenant.running + 1 < running.tenant.running  # its tenant has at least two places more
+        return waiting.rank[0] + (0.0 if crowded else running.spent) < running.rank[0]

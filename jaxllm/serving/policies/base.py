@@ -48,6 +48,8 @@ class Tenant:
     name: str
     service: float = 0.0
     live: int = 0  # sequences that have not ended
+    running: int = 0  # those that have a place
+    last_due: float = 0.0  # when the newest of its sequences would be served at its share, as `adaptive` reckons
     ended: float = 0.0
     outputs: float = 0.0
     ahead: float = 0.0  # what `service` will be when all who wait have begun, as `vtc` reckons
@@ -59,6 +61,8 @@ class Book:
 
     tenants: dict[str, Tenant] = field(default_factory=dict)
     lengths: Lengths = field(default_factory=Lengths)
+    num_live: int = 0  # tenants with something to do
+    places: int = 1  # the most that ran at once
     ended: float = 0.0  # sequences, the newer the more they count
     service: float = 0.0  # seconds that those ran
     prompts: float = 0.0  # tokens of theirs
@@ -76,12 +80,14 @@ class Book:
         if not tenant.live:
             tenant.service = max(tenant.service, min((t.service for t in self.tenants.values() if t.live), default=0.0))
         tenant.live += 1
+        self.num_live += tenant.live == 1
         return tenant
 
     def leave(self, sequence: Sequence, outputs: int) -> None:
         """A sequence has ended after so many tokens."""
         tenant = sequence.tenant
         tenant.live -= 1
+        self.num_live -= tenant.live == 0
         if outputs > 0:
             self.lengths.add(sequence.num_prompt, outputs)
             self.ended, self.service = 0.999 * self.ended + 1, 0.999 * self.service + sequence.service
