@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, ClassVar
@@ -34,6 +35,17 @@ class Ranked(list):
         i = bisect_left(self, sequence.rank, key=by_rank)
         assert self[i] is sequence
         del self[i]
+
+    def move(self, sequences: list[Sequence], rank: Callable[[Sequence], Rank]) -> None:
+        """Ranks some anew."""
+        if 16 * len(sequences) > len(self):
+            for s in sequences:
+                s.rank = rank(s)
+            return self.rerank()
+        for s in sequences:
+            self.remove(s)
+            s.rank = rank(s)
+            self.add(s)
 
     def rerank(self) -> None:
         """Ranks have changed."""

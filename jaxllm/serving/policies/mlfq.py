@@ -55,21 +55,28 @@ class Mlfq(Policy):
 
     def review(self, running: Ranked, waiting: Ranked, book: Book, now: float) -> float:
         quanta, last = [self.quantum(level) for level in range(self.levels)], self.levels - 1
-        if spent := [s for s in running if s.level < last and s.service - s.spent >= quanta[s.level] - 1e-9]:
-            for s in spent:
-                self._join(s, s.level + 1, now)
-            running.rerank()
-        next_promoted = lambda: min([s.turn for s in waiting if s.level], default=NEVER) + self.starvation_s
-        if (starving := next_promoted()) <= now:
-            for s in waiting:
-                if s.level and now - s.turn >= self.starvation_s:
-                    self._join(s, 0, now)
-            waiting.rerank()
-            starving = next_promoted()
-        return min(now + min([quanta[s.level] - s.service + s.spent for s in running if s.level < last], default=NEVER), starving)
+        spent, lasts = [], NEVER  # until the first quantum of the others is spent
+        for s in running:
+            if s.level < last:
+                if (left := quanta[s.level] - s.service + s.spent) > 1e-9:
+                    lasts = min(lasts, left)
+                else:
+                    spent.append(s)
+        starving, since, soonest = [], now - self.starvation_s, NEVER
+        for s in waiting:
+            if s.level:
+                if s.turn <= since:
+                    starving.append(s)
+                elif s.turn < soonest:
+                    soonest = s.turn
+        running.move(spent, lambda s: self._join(s, s.level + 1, now))
+        waiting.move(starving, lambda s: self._join(s, 0, now))
+        lasts = min([lasts, *(quanta[s.level] for s in spent if s.level < last)])
+        return min(now + lasts, soonest + self.starvation_s)
 
-    def _join(self, s: Sequence, level: int, now: float) -> None:
-        s.level, s.spent, s.rank = level, s.service, (level, now, s.arrival, s.number)
+    def _join(self, s: Sequence, level: int, now: float) -> Rank:
+        s.level, s.spent = level, s.service
+        return (level, now, s.arrival, s.number)
 
     def turn_left(self, sequence: Sequence) -> float:
         return max(0.0, self.quantum(sequence.level) - (sequence.service - sequence.spent))
