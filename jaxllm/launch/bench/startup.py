@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
 
 
@@ -32,6 +33,12 @@ class Config(Command):
     "Of weights and activations; auto fits the device."
     cold: bool = False
     "Start without compiled programs from earlier runs."
+    bundle: str | None = None
+    "Start from this folder of programs (`jaxllm compile --out`), with its settings, and no others from earlier runs."
+
+    def __post_init__(self) -> None:
+        if self.bundle is not None and self.cold:
+            raise ConfigError("cold is without programs, and bundle with them: give one")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -39,12 +46,11 @@ def run(config: Config) -> dict[str, Any]:
     from jaxllm import LLM
 
     with tempfile.TemporaryDirectory() as empty:
+        sizes = dict(dtype=config.dtype, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len)
         llm = LLM(
             config.model,
-            dtype=config.dtype,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            compilation_cache_dir=empty if config.cold else None,
+            compilation_cache_dir=empty if config.cold or config.bundle else None,
+            **({"bundle": config.bundle} if config.bundle else sizes),
         )
         startup = time.perf_counter() - start
         runner = llm.engine.runner
@@ -53,4 +59,4 @@ def run(config: Config) -> dict[str, Any]:
     times = f"{llm.timings['compile_s']:.2f} s of compiling, {llm.timings['load_s']:.2f} s of loading"
     print(f"ready after {startup:.2f} s ({times}), all {runner.stats.compiles} programs there after {everything:.2f} s")
     result = {"startup_s": startup, **llm.timings, "all_programs_s": everything, "compiles": runner.stats.compiles}
-    return result | {"cold": config.cold, "model": config.model}
+    return result | {"cold": config.cold, "bundle": config.bundle, "model": config.model}
