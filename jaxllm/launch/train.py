@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
+from jaxllm.launch.plan_table import gib
 from jaxllm.training.config import TrainConfig
 
 
@@ -22,13 +24,20 @@ class Config(TrainConfig, Command):
     """
 
     dry_run: bool = False
-    "Show the first batch with what is learned in it, count the rest, and train nothing."
+    "Show the first batch with what is learned in it, the memory that a step takes and its time, and train nothing."
+    topology: str | None = None
+    "With --dry-run: memory and time of chips that are not here, as in v5e:2x2 (see `jaxllm plan`), not of this machine."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.topology is not None and not self.dry_run:
+            raise ConfigError("topology is of chips that are not here: it goes with --dry-run")
 
 
 def run(config: Config) -> dict[str, Any]:
     train = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
     if config.dry_run:
-        return _dry_run(train)
+        return _dry_run(train, config.topology)
     from jaxllm.training import Trainer
 
     result = Trainer(train).train()
@@ -39,13 +48,36 @@ def run(config: Config) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "path": None if result.path is None else str(result.path)}
 
 
-def _dry_run(config: TrainConfig) -> dict[str, Any]:
+def _dry_run(config: TrainConfig, topology: str | None) -> dict[str, Any]:
     from rich.console import Console
 
-    from jaxllm.checkpoints import resolve_model
+    from jaxllm.checkpoints import open_checkpoint, resolve_model
+    from jaxllm.models import config_from_hf
+    from jaxllm.planning import find_topology
+    from jaxllm.planning.training import measure_step, plan_training
     from jaxllm.tokenizers import load_tokenizer
-    from jaxllm.training.data import dry_run, make_dataset
+    from jaxllm.training.data import dry_run
+    from jaxllm.training.trainer import count_steps, training_data
 
-    tokenizer = load_tokenizer(resolve_model(config.model))
-    data = make_dataset(config.data, tokenizer, batch_size=config.batch_size, max_length=config.text_length, seed=config.seed)
-    return dry_run(data, console=Console())
+    console, path = Console(), resolve_model(config.model)
+    data = training_data(config, load_tokenizer(path))
+    report = dry_run(data, console=console)
+    steps, model = count_steps(config, data), config_from_hf(open_checkpoint(path).config)
+    if topology is not None:
+        plan = plan_training(config, model, find_topology(topology))
+        held, seconds, how = plan.per_chip_bytes, plan.step and plan.step.bound_s, f"the least that {topology} can take"
+    else:
+        plan = measure_step(config, model)
+        held, seconds, how = plan.per_device_bytes, plan.step_s, "measured here, on full rows"
+    total_s = None if seconds is None else steps * seconds
+    parts = ", ".join(f"{name} {gib(held[name])}" for name in ("parameters", "optimizer", "temporaries"))
+    fits = "" if plan.fits else ": does NOT fit"
+    console.print(f"memory of a device: {gib(held['total'])} of {gib(held['capacity'])} ({parts}){fits}", highlight=False)
+    if seconds is not None:
+        console.print(f"time: {steps:,} steps of {seconds:.3g} s ({how}), {_duration(total_s)} in all", highlight=False)
+    return report | {"steps": steps, "total_s": total_s, "expected": dataclasses.asdict(plan)}
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

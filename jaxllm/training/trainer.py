@@ -71,10 +71,7 @@ class Trainer:
         if c.max_length > self.model_config.max_positions:
             raise ConfigError(f"max_length={c.max_length} exceeds the {self.model_config.max_positions} positions of {c.model}")
         self.tokenizer = load_tokenizer(self.path)
-        data = self.dataset()
-        self.total_steps = c.max_steps if c.max_steps is not None else sum(1 for _ in data)  # only packing tells how many there are
-        if not self.total_steps:
-            raise ConfigError("the data has no example: see `data`")
+        self.total_steps = count_steps(c, self.dataset())
         self.rules = fit_to_model(ShardingRules(), self.model_config, self.mesh)
         decoder = trained_model(c, source, self.tokenizer, self.mesh, self.rules)
         self.program, trainable, frozen = make_program(c, decoder, self.mesh, self.rules, self.total_steps)
@@ -112,7 +109,7 @@ class Trainer:
         data = make_dataset(once, self.tokenizer, batch_size=rows, max_length=c.text_length)
         sums: dict[str, np.ndarray] = {}
         params = self._best_params()
-        for batch in self._fitting(data):
+        for batch in _fitting(c, data):
             batch = place_batch(self.prepared(batch), self.mesh, self.rules, lead=0)
             for name, pair in self._evaluation_step(params, self.frozen, batch).items():
                 sums[name] = sums.get(name, 0) + np.array([float(x) for x in pair])
@@ -120,21 +117,9 @@ class Trainer:
             raise ConfigError("eval_data has no example")
         return {f"eval_{name}": float(total / max(weight, 1e-9)) for name, (total, weight) in sums.items()}
 
-    def dataset(self) -> Any:
-        """The training data from its beginning, in batches of a whole step."""
-        c = self.config
-        data = c.data if c.data.epochs or c.max_steps is not None else replace(c.data, epochs=1)
-        return self._fitting(make_dataset(data, self.tokenizer, batch_size=c.batch_size, max_length=c.text_length, seed=c.seed))
-
-    def _fitting(self, data: Dataset) -> Dataset:
-        """Raises ConfigError for records that the objective cannot read."""
-        wanted = {"tokens": "lm", "pairs": "preference", "labels": "kto"}[self.config.objective.data]
-        if data.family != wanted:
-            name = self.config.objective.name
-            raise ConfigError(f"objective {name} reads records with {_KEYS[wanted]}; the data's have {_KEYS[data.family]}")
-        if data.family == "preference" and self.config.virtual_tokens:
-            raise ConfigError("prompt and prefix tuning on pairs are not implemented: use lora")
-        return data
+    def dataset(self) -> Dataset:
+        """See `training_data`."""
+        return training_data(self.config, self.tokenizer)
 
     def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the objective reads, from what the data gives."""
@@ -145,6 +130,31 @@ class Trainer:
             parts = [mismatched(jax.tree.map(lambda x, i=i: np.split(x, a)[i], batch)) for i in range(a)]
             batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         return batch
+
+
+def training_data(config: TrainConfig, tokenizer: Any) -> Dataset:
+    """The training data from its beginning, in batches of a whole step. Raises ConfigError for records that the objective cannot read."""
+    c = config
+    data = c.data if c.data.epochs or c.max_steps is not None else replace(c.data, epochs=1)
+    return _fitting(c, make_dataset(data, tokenizer, batch_size=c.batch_size, max_length=c.text_length, seed=c.seed))
+
+
+def count_steps(config: TrainConfig, data: Dataset) -> int:
+    """The steps of a run; all of `data` is drawn where they are not given. Raises ConfigError if there are none."""
+    steps = config.max_steps if config.max_steps is not None else sum(1 for _ in data)  # only packing tells how many there are
+    if not steps:
+        raise ConfigError("the data has no example: see `data`")
+    return steps
+
+
+def _fitting(config: TrainConfig, data: Dataset) -> Dataset:
+    wanted = {"tokens": "lm", "pairs": "preference", "labels": "kto"}[config.objective.data]
+    if data.family != wanted:
+        name = config.objective.name
+        raise ConfigError(f"objective {name} reads records with {_KEYS[wanted]}; the data's have {_KEYS[data.family]}")
+    if data.family == "preference" and config.virtual_tokens:
+        raise ConfigError("prompt and prefix tuning on pairs are not implemented: use lora")
+    return data
 
 
 class _Run:

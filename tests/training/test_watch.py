@@ -41,13 +41,33 @@ def test_tensorboard_shows_every_number_and_a_run_that_goes_on_purges(tmp_path):
     assert told["loss", 4] == 0.5 and ("mfu", 1) not in told and len(told) == 4 * 3 and purged == [3]
 
 
-@pytest.mark.slow
+def records(file):
+    """Those of a `.wandb` file: LevelDB's log after a header of 7 bytes, whose pieces (checksum, length, kind) lie in blocks of 32 KiB."""
+    Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
+    data, at, whole = file.read_bytes(), 7, b""
+    while at + 7 < len(data):
+        if (left := -at % 32768) < 7:  # no room for a piece's head
+            at += left
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole, at = whole + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # the whole of it, or its last
+            yield Record.FromString(whole)
+            whole = b""
+
+
 def test_wandb_offline(tmp_path, monkeypatch):
+    """A run, and the same run going on: each writes a file with its numbers, under one id."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for lines in (LINES[:2], LINES[2:]):
         tell(watching.open_watchers(config(tmp_path, "wandb"), tmp_path, lines[0]["step"] - 1)[0], lines)
-    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2 and (tmp_path / "wandb_run_id").exists()
+    told, ids = {}, set()
+    for record in (record for file in tmp_path.glob("wandb/offline-run-*/*.wandb") for record in records(file)):
+        ids |= {record.run.run_id} if record.HasField("run") else set()
+        items = {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+        told |= {(name, items["_step"]): value for name, value in items.items() if not name.startswith("_")}
+    assert told == {(name, line["step"]): line[name] for line in LINES for name in ("loss", "learning_rate", "tokens")}
+    assert ids == {(tmp_path / "wandb_run_id").read_text()}
 
 
 def test_what_is_not_installed_is_refused_with_the_remedy(tmp_path, monkeypatch):

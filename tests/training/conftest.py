@@ -1,0 +1,3 @@
+"""Tests of training compile each program once."""
+
+from compile_cache import compiled_once  # noqa: F401
