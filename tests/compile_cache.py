@@ -10,9 +10,9 @@ from jax.experimental.compilation_cache import compilation_cache
 _SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)  # in a folder that is no Python package, "package" lasts to the end of the run
 def compiled_once(tmp_path_factory):
-    """For a package whose conftest.py imports it; processes that its tests start, and other workers, share what was compiled. Does
+    """For a folder whose conftest.py imports it; processes that its tests start, and other workers, share what was compiled. Does
     nothing where JAX was told of a cache."""
     if jax.config.jax_compilation_cache_dir:
         yield

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxllm.sharding.chips import Chip
 
+_VIEW = "output_to_operand_aliasing={{}: (0, {})}"  # a fusion in a fusion: its operand in another tiling, made as it is read
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
@@ -150,6 +151,8 @@ class Program:
             heads, length, dim = map(int, splash.groups()[1:])
             total.kernel_flops += _SPLASH_PRODUCTS[splash[1]] * 2 * heads * length * length / 2 * dim
             total.hbm_bytes += op.bytes + sum(ops[o].bytes for o in op.operands if o in ops)
+        elif 'custom_call_target="AllocateBuffer"' in op.line:
+            return  # room, with nothing in it
         elif op.opcode == "fusion":
             fused = op.called("calls")
             total.hbm_bytes += sum(self._read(fused, i, ops[o].bytes) for i, o in enumerate(op.operands) if o in ops and ops[o].bytes)
@@ -162,6 +165,8 @@ class Program:
             total.hbm_bytes += op.bytes + (op.any_bytes if op.operands and op.operands[0] in ops and ops[op.operands[0]].bytes else 0)
         elif kind == "dynamic-update-slice":
             total.hbm_bytes += 2 * ops[op.operands[1]].any_bytes if op.bytes else 0
+        elif kind == "scatter":  # in place, as an update of a slice is: the compiler adds a copy where it cannot be
+            total.hbm_bytes += sum(ops[o].bytes for o in op.operands[1:] if o in ops) + (_scattered(op, ops) if op.bytes else 0)
         else:
             total.hbm_bytes += op.bytes + sum(ops[o].bytes for o in op.operands if o in ops)
 
@@ -193,11 +198,11 @@ class Program:
         for op in ops.values():
             if name not in op.operands:
                 continue
-            if op.opcode == "bitcast" and "ROOT " not in op.line:
+            if (op.opcode == "bitcast" or _VIEW in op.line) and "ROOT " not in op.line:
                 read += self._uses(ops, op.name, whole)
             elif op.opcode in ("dynamic-slice", "slice", "gather") and op.operands[0] == name:
                 read += op.any_bytes
-            elif op.opcode == "dynamic-update-slice" and op.operands[0] == name:
+            elif op.opcode in ("dynamic-update-slice", "scatter") and op.operands[0] == name:
                 continue  # written in place
             elif op.opcode == "fusion":
                 read += sum(self._read(op.called("calls"), i, whole) for i, o in enumerate(op.operands) if o == name)
@@ -211,7 +216,7 @@ class Program:
         root = next((op for op in ops.values() if "ROOT " in op.line), None)
         if root is not None and root.opcode == "dynamic-update-slice" and root.operands[1] in ops:
             return min(whole, ops[root.operands[1]].any_bytes)
-        return whole
+        return whole if root is None or root.opcode != "scatter" else min(whole, _scattered(root, ops))
 
     def _trips(self, op: _Op) -> int:
         """What the loop's counter is compared with: our loops count up from 0 by 1."""
@@ -225,6 +230,11 @@ class Program:
         if match := re.search(r"branch_computations=\{([^}]*)\}", op.line):
             return _NAME.findall(match[1])
         return [name for key in ("true_computation", "false_computation") if (name := op.called(key))]
+
+
+def _scattered(op: _Op, ops: dict[str, _Op]) -> int:
+    """Bytes of a scatter's updates, its last operand. One of several arrays at once is taken for all that it returns."""
+    return ops[op.operands[2]].any_bytes if len(op.operands) == 3 and op.operands[2] in ops else op.any_bytes
 
 
 def _parse(line: str) -> _Op | None:

@@ -113,6 +113,60 @@ def test_bytes_between_hbm_and_the_chip():
     assert cost.list_collectives() == [Collective("all-reduce", 32, 32 * 8 * 128 * 2)]
 
 
+SCATTER = """HloModule write, is_scheduled=true
+
+%rows (s0: bf16[64,2048,256], s1: s32[64,2], s2: bf16[64,256]) -> bf16[64,2048,256] {
+  %s0 = bf16[64,2048,256]{2,1,0} parameter(0)
+  %s1 = s32[64,2]{1,0} parameter(1)
+  %s2 = bf16[64,256]{1,0} parameter(2)
+  ROOT %set = bf16[64,2048,256]{2,1,0} scatter(%s0, %s1, %s2), update_window_dims={1}, to_apply=%take
+}
+
+ENTRY %main (cache: bf16[64,2048,256], at: s32[64,2], new: bf16[64,256]) -> bf16[64,2048,256] {
+  %cache = bf16[64,2048,256]{2,1,0} parameter(0)
+  %at = s32[64,2]{1,0} parameter(1)
+  %new = bf16[64,256]{1,0} parameter(2)
+  ROOT %written = WRITE
+}
+"""
+
+
+@pytest.mark.parametrize("write", ["fusion(%cache, %at, %new), kind=kCustom, calls=%rows", "scatter(%cache, %at, %new), to_apply=%take"])
+def test_rows_written_in_place_are_not_the_whole_cache(write):
+    text = SCATTER.replace("WRITE", "bf16[64,2048,256]{2,1,0} " + write)
+    assert Program(text).cost().hbm_bytes == 2 * 64 * 256 * 2 + 64 * 2 * 4  # the rows read and written, and where they go
+
+
+def test_room_that_is_made_moves_nothing():
+    room = 'ENTRY %main () -> bf16[64,128] {\n  ROOT %room = bf16[64,128]{1,0} custom-call(), custom_call_target="TARGET"\n}\n'
+    assert Program(room.replace("TARGET", "AllocateBuffer")).cost().hbm_bytes == 0
+    assert Program(room.replace("TARGET", "another")).cost().hbm_bytes == 64 * 128 * 2
+
+
+VIEW = """%retiled (r0: bf16[28,64,128]) -> bf16[28,64,128] {
+  %r0 = bf16[28,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %turned = bf16[28,64,128]{2,1,0:T(8,128)(2,1)} copy(%r0)
+}
+
+%layer (v0: bf16[28,64,128], v1: s32[]) -> bf16[1,64,128] {
+  %v0 = bf16[28,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %v1 = s32[] parameter(1)
+  %view = bf16[28,64,128]{2,1,0:T(8,128)(2,1)} fusion(%v0), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retiled
+  ROOT %one = bf16[1,64,128]{2,1,0:S(1)} dynamic-slice(%view, %v1, %v1, %v1), dynamic_slice_sizes={1,64,128}
+}
+
+ENTRY %main (weights: bf16[28,64,128], at: s32[]) -> bf16[1,64,128] {
+  %weights = bf16[28,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %taken = bf16[1,64,128]{2,1,0:S(1)} fusion(%weights, %at), kind=kLoop, calls=%layer
+}
+"""
+
+
+def test_a_layer_of_retiled_weights_is_one_layer():
+    assert Program(VIEW).cost().hbm_bytes == 64 * 128 * 2 + 4  # and its number
+
+
 def test_the_compilers_estimate_counts_loops_and_bounds_what_it_leaves_out():
     lines = TEXT.replace("calls=%update\n", 'calls=%update, backend_config={"estimated_cycles":"7000"}\n')
     lines = lines.replace("to_apply=%add\n", 'to_apply=%add, backend_config={"estimated_cycles":"100"}\n')
