@@ -36,7 +36,8 @@ class EngineConfig:
       warmup_in_background: be ready as soon as the programs are there that can run any step, and compile the rest meanwhile: a step
         may take a larger shape than its own then. None: where that changes no bit of what is generated (float32 on the CPU).
       scheduling_policy: who runs first, and who gives way: `fcfs`, `priority`, ... (docs/scheduling.md).
-      scheduling_policy_options: constants of the policy, by name.
+      scheduling_policy_options: constants of the policy, by name. Those of `mlfq` that are the machine's are measured after the warm-up,
+        which is waited for, if they are not given.
       enable_prefix_caching: share the KV cache's pages among requests that begin alike, and keep them for later ones.
       host_kv_bytes: of host memory, for pages that the device's KV cache has no room for: of those who gave up their places, and of
         beginnings that may come again. They are copied back in place of being computed again. 0: none.

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jaxllm.serving.loading import load
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.logprobs import TokenLogprobs
 from jaxllm.serving.output import TextStream
+from jaxllm.serving.policies import needs_profile, with_profile
 from jaxllm.serving.pooling import add_rows, check_pooling, embedding
 from jaxllm.serving.programs import NO_TOKEN
 from jaxllm.serving.progress import ProgressLine
@@ -64,7 +65,6 @@ class Engine:
         self.eos_token_ids = loaded.eos_token_ids
         self.vocab_size = self.runner.model.config.vocab_size
         self.pool = TieredPool(loaded.num_pages, loaded.host_pages) if loaded.host_pages else PagePool(loaded.num_pages)
-        self.scheduler = Scheduler(self.limits, self.pool) if record is None else RecordingScheduler(self.limits, self.pool, record)
         self._requests: dict[str, Request] = {}
         self._completions: dict[int, Completion] = {}  # that are not finished
         self._grammars = Grammars(self.tokenizer, self.vocab_size, self.eos_token_ids)
@@ -80,7 +80,12 @@ class Engine:
         self.load_s = loaded.load_s
         if config.warmup:
             background = loaded.exact if config.warmup_in_background is None else config.warmup_in_background
-            self.runner.warm_up(ProgressLine("compiling", "programs"), background=background)
+            profiled = needs_profile(self.limits.policy, self.limits.policy_options)
+            self.runner.warm_up(ProgressLine("compiling", "programs"), background=background and not profiled)
+            if profiled:
+                options = with_profile(self.limits.policy, self.limits.policy_options, *self.runner.profile())
+                self.limits = replace(self.limits, policy_options=options)
+        self.scheduler = Scheduler(self.limits, self.pool) if record is None else RecordingScheduler(self.limits, self.pool, record)
 
     @property
     def has_work(self) -> bool:

@@ -170,6 +170,24 @@ class Runner:
         if self._warm_up is not None:
             self._warm_up.wait()
 
+    def profile(self) -> tuple[float, float]:
+        """Seconds of the shortest step, and of each token of a prompt in the longest, measured on steps of padding alone (which attend to
+        nothing). Not while programs are being compiled."""
+        shortest = self._seconds(min((b for b in self.buckets if b.decode), key=lambda b: b.tokens))
+        longest = max((b for b in self.buckets if not b.decode), key=lambda b: b.tokens)
+        return shortest, self._seconds(longest) / longest.tokens
+
+    def _seconds(self, bucket: Bucket) -> float:
+        """Of a step of padding; the first does not count."""
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            buffer = jax.device_put(self._pack(StepPlan((), 0, 0), bucket, []), self._whole)
+            drawn, _ = self.programs.run(self._program(bucket), self.state, buffer)
+            jax.block_until_ready(drawn.tokens)
+            taken.append(time.perf_counter() - start)
+        return min(taken[1:])
+
     def close(self) -> None:
         """Ends a warm-up that still goes on."""
         if self._warm_up is not None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxllm.errors import ConfigError
 from jaxllm.serving.kv_cache import PagePool
+from jaxllm.serving.policies import with_profile
 from jaxllm.serving.repeat import can_repeat, most_repeats, repeat
 from jaxllm.serving.scheduler import Scheduler, SchedulerConfig, Sequence, StepPlan
 from jaxllm.simulation.cost import CostModel
@@ -46,14 +47,15 @@ class Outcome:
 
 
 def limits_of(cost: CostModel, *, max_num_seqs: int, max_num_batched_tokens: int, page_size: int, policy: str, options=None):
-    """The scheduler's limits on a machine, and the pages of its pool."""
+    """The scheduler's limits on a machine, and the pages of its pool. Of the policy's constants, those that are the machine's and are not
+    given follow from its costs, as the engine's do from measured steps."""
     config = SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
         max_model_len=cost.max_model_len,
         page_size=page_size,
         policy=policy,
-        policy_options=dict(options or {}),
+        policy_options=with_profile(policy, options or {}, cost.step_s, cost.token_s),
     )
     return config, cost.kv_tokens // page_size + 1
 

@@ -95,8 +95,7 @@ def run(config: Config) -> dict[str, Any]:
             warmup_in_background=False,
         )
         engine = llm.engine
-        serve(engine, trace.first(4).at_rate(float("inf")))  # what is done once, such as a thread's first breath
-        engine.reset_prefix_cache()
+        engine.runner.profile()  # what is done once, such as a thread's first breath; policies learn nothing from it
         measured[name] = figures(serve(engine, trace))
         measured[name]["compiles_after_warmup"] = engine.runner.stats.compiles_after_warmup
         if cost is not None:

@@ -125,6 +125,11 @@ class Policy:
     preempts: ClassVar[bool] = False  # a waiting sequence may take a running one's place
     uses_priority: ClassVar[bool] = False
 
+    @classmethod
+    def profile(cls, step_s: float, token_s: float) -> dict[str, float]:
+        """Constants that are the machine's: of one whose shortest step takes `step_s` seconds, and each token of a prompt `token_s`."""
+        return {}
+
     def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
         """Of a sequence that comes."""
         return (sequence.arrival, sequence.number)

@@ -38,6 +38,10 @@ class Mlfq(Policy):
         check_positive(self, "first_quantum_s", "levels", "starvation_s", "step_s", "prompt_token_s")
         check_positive(self, "growth")
 
+    @classmethod
+    def profile(cls, step_s: float, token_s: float) -> dict[str, float]:
+        return {"first_quantum_s": step_s, "step_s": step_s, "prompt_token_s": token_s}
+
     def quantum(self, level: int) -> float:
         """Seconds."""
         return self.first_quantum_s * self.growth**level

@@ -2,6 +2,4 @@
 
 from jaxllm.lazy import lazy
 
-__all__, __getattr__ = lazy(
-    __name__, config=("DataConfig", "DataSource"), dataset=("Dataset", "make_dataset"), preview=("dry_run",)
-)
+__all__, __getattr__ = lazy(__name__, config=("DataConfig", "DataSource"), dataset=("Dataset", "make_dataset"), preview=("dry_run",))

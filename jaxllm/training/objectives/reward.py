@@ -33,9 +33,7 @@ def without_head(decoder: Decoder) -> Decoder:
     return decoder
 
 
-def add_score(
-    decoder: Decoder, *, pad_token_id: int | None = None, saved: bool = False, dtype=jnp.float32, rngs: nnx.Rngs
-) -> Decoder:
+def add_score(decoder: Decoder, *, pad_token_id: int | None = None, saved: bool = False, dtype=jnp.float32, rngs: nnx.Rngs) -> Decoder:
     """The decoder with a score: what transformers calls ForSequenceClassification with one label. The weight is new, and placed on
     the devices that the decoder is on; `saved`: trained and saved with the decoder's adapter."""
     decoder = nnx.merge(*nnx.split(decoder, graph=False))
