@@ -13,7 +13,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig
 from jaxllm.planning.abstract import abstract_engine, bytes_on_a_device
 from jaxllm.planning.chips import Topology
-from jaxllm.planning.hlo import Collective, Program, memory
+from jaxllm.planning.hlo import Collective, Cost, Program, memory
 from jaxllm.serving.batch import Bucket, step_layout
 
 
@@ -83,31 +83,41 @@ def plan_serving(
         "prefill": Bucket(max_num_batched_tokens, min(max_num_batched_tokens, max_num_seqs)),
     }
 
-    def compile_(bucket: Bucket) -> tuple[Any, float] | str:
+    layouts = {which: step_layout(bucket, max_pages) for which, bucket in buckets.items()}
+
+    def compile_(which: str) -> tuple[Any, float] | str:
         began = time.perf_counter()
         try:
-            return engine.compile(bucket, step_layout(bucket, max_pages)), time.perf_counter() - began
+            if which == "head":
+                return engine.compile_head(max_num_seqs), time.perf_counter() - began
+            return engine.compile_layers(buckets[which], layouts[which]), time.perf_counter() - began
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return str(error)
 
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(buckets, pool.map(compile_, buckets.values()), strict=True))
+    with ThreadPoolExecutor(2) as pool:  # what takes longest comes first
+        done = dict(zip(programs := ("prefill", "head", "decode"), pool.map(compile_, programs), strict=True))
 
     capacity = topology.chip.memory_bytes
     kv_token = kv_cache // ((max_num_seqs * max_pages + 1) * page_size)
     reports: dict[str, StepReport | None] = dict.fromkeys(buckets)
-    used = {"temporaries": 0, "other": bytes_on_a_device(slots)}
+    made = {}
     for which, result in done.items():
-        if isinstance(result, str):
+        if not isinstance(result, str):
+            compiled, seconds = result
+            made[which] = memory(compiled), Program(compiled.as_text(), topology.chip.platform).cost(), seconds
+    used = {"temporaries": max((held["temporaries"] for held, *_ in made.values()), default=0)}
+    passing = (4 * layouts[which].size + made[which][0]["results"] for which in buckets if which in made)
+    used["other"] = bytes_on_a_device(slots) + max(passing, default=0) + sum(held["code"] for held, *_ in made.values())
+    for which, bucket in buckets.items():
+        if which not in made or "head" not in made:
             continue
-        compiled, seconds = result
-        held, cost, tokens = memory(compiled), Program(compiled.as_text(), topology.chip.platform).cost(), buckets[which].tokens
-        used["temporaries"] = max(used["temporaries"], held["temporaries"])
-        used["other"] = max(used["other"], held["arguments"] - parameters - kv_cache + held["results"] + held["code"])
+        cost, tokens = Cost(), bucket.tokens
+        for part in (which, "head"):
+            cost.add(made[part][1])
         keys = max_num_seqs * max_model_len if which == "decode" else tokens
-        flops = _matmul_flops(config, engine, tokens, buckets[which].sequences) + cost.kernel_flops
+        flops = _matmul_flops(config, engine, tokens, bucket.sequences) + cost.kernel_flops
         bound = max(cost.hbm_bytes / topology.chip.bandwidth, flops / topology.chip.flops)
         reports[which] = StepReport(
             tokens=tokens,
@@ -118,8 +128,8 @@ def plan_serving(
             compiler_s=cost.compiler_s(topology.chip),
             tokens_per_s=tokens / bound,
             collectives=cost.list_collectives(),
-            temporaries=held["temporaries"],
-            compile_s=seconds,
+            temporaries=max(made[part][0]["temporaries"] for part in (which, "head")),
+            compile_s=made[which][2] + made["head"][2],
         )
     total = parameters + kv_cache + used["temporaries"] + used["other"]
     per_sequence = max(1, (kv_cache + bytes_on_a_device(slots)) // max_num_seqs)

@@ -1,9 +1,10 @@
-"""The compiled programs of a step: the whole step at once, or layer by layer.
+"""The compiled programs of a step: all layers at once, or layer by layer, and then what turns hidden states into tokens.
 
-On TPU and GPU a step is one program that scans over stacked layers. XLA's CPU backend copies every weight that a scan slices,
-which halves the speed, and takes 17 s to compile 30 layers unrolled: there one program for each kind of layer is compiled
-(1 s) and called for each layer in turn, which costs some 20 us a call; and what turns hidden states into tokens, which depends
-on the number of sequences only, is compiled once for all steps that have as many.
+On TPU and GPU the layers are one program that scans over their stacked weights. XLA's CPU backend copies every weight that a
+scan slices, which halves the speed, and takes 17 s to compile 30 layers unrolled: there one program for each kind of layer is
+compiled (1 s) and called for each layer in turn, which costs some 20 us a call. What draws tokens depends on the number of
+sequences only, and takes TPU's compiler as long as the layers of a decode step: it is compiled once for all steps that have as
+many. Until it begins, masks for structured output may still be made.
 """
 
 import threading
@@ -22,7 +23,7 @@ from jaxtyping import Array, Int
 from jaxllm.checkpoints.load import Model
 from jaxllm.models import ModelConfig
 from jaxllm.serving.attend import paged_attend
-from jaxllm.serving.batch import BatchLayout, Bucket
+from jaxllm.serving.batch import BatchLayout, Bucket, step_layout
 from jaxllm.serving.executables import ExecutableCache
 from jaxllm.serving.logits import LogitsProcessor, process_logits
 from jaxllm.serving.logprobs import TokenLogprobs, no_logprobs, token_logprobs
@@ -76,6 +77,8 @@ class _Programs:
         self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules, backend=attention_backend)
         self.abstract_state = _abstract((state.kv_pages, state.slots))
         self._processors = tuple(processors)
+        self._heads: dict[int, Future] = {}
+        self._lock = threading.Lock()
 
     def _buffer(self, layout: BatchLayout) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=self.whole)
@@ -90,6 +93,25 @@ class _Programs:
                 return jitted.lower(*arguments).compile()
 
         return compile_() if self._cache is None else self._cache.get(name, compile_)
+
+    def compile_head(self, sequences: int):
+        """The program that draws for so many sequences; buckets are compiled side by side, and the first that needs it makes it."""
+        with self._lock:
+            mine = sequences not in self._heads
+            future = self._heads.setdefault(sequences, Future())
+        if mine:
+            drawn_from = step_layout(Bucket(1, sequences), 1).fields
+            batch = {name: self._shape(*drawn_from[name][1], dtype=drawn_from[name][2]) for name in _HEAD}
+            arguments = (_abstract(self.weights), self._hidden(sequences), batch, self.abstract_state[1])
+            try:
+                future.set_result(self._compile(f"head {sequences}", self._last, arguments, donate=(3,)))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _last(self, weights, hidden, batch, slots):
+        decoder = self._decoder(weights)
+        return self._draw(decoder, self._normed(decoder, hidden), batch, slots)
 
     def _draw(self, decoder, hidden: jax.Array, batch: dict[str, jax.Array], slots: SlotState) -> tuple[Drawn, SlotState]:
         """A token for each sequence from its last hidden state [N, D], and the slots with the token in them."""
@@ -153,7 +175,7 @@ class _Programs:
 
 
 class WholeStep(_Programs):
-    """One program a bucket."""
+    """A program a bucket for all layers, and one that draws tokens for each number of sequences."""
 
     def __init__(self, model: Model, state: DeviceState, **options: Any):
         super().__init__(model, state, **options)
@@ -161,24 +183,29 @@ class WholeStep(_Programs):
         self.weights, self._tree = jax.tree.flatten(model.params)
 
     def compile(self, bucket: Bucket, layout: BatchLayout):
-        arguments = (_abstract(self.weights), *self.abstract_state, self._buffer(layout))
-        shardings = (self.whole, self.pages_sharding, self.whole, self.whole)
-        return self._compile(f"step {bucket}", partial(self._step, layout, bucket.decode), arguments, donate=(1, 2), shardings=shardings)
+        return self.compile_layers(bucket, layout), self.compile_head(bucket.sequences)
+
+    def compile_layers(self, bucket: Bucket, layout: BatchLayout):
+        kv_pages, slots = self.abstract_state
+        arguments = (_abstract(self.weights), kv_pages, slots.last_tokens, self._buffer(layout))
+        shardings = (self.whole, self.whole, self.pages_sharding, self.whole)
+        return self._compile(f"step {bucket}", partial(self._step, layout, bucket.decode), arguments, donate=(1,), shardings=shardings)
 
     def run(self, program, state: DeviceState, buffer: jax.Array, before_draw: Callable[[], None] | None = None) -> tuple[Drawn, jax.Array]:
         """Starts a step: what it draws, and its hidden states [T, D]. `before_draw` may still change the slots."""
+        layers, head = program
+        last, batch, state.kv_pages, hidden = layers(self.weights, state.kv_pages, state.slots.last_tokens, buffer)
         if before_draw is not None:
             before_draw()
-        drawn, state.kv_pages, state.slots, hidden = program(self.weights, state.kv_pages, state.slots, buffer)
+        drawn, state.slots = head(self.weights, last, batch, state.slots)
         return drawn, hidden
 
-    def _step(self, layout: BatchLayout, decode_only: bool, weights, kv_pages, slots, buffer):
+    def _step(self, layout: BatchLayout, decode_only: bool, weights, kv_pages, last_tokens, buffer):
         batch, decoder = layout.unpack(buffer), self._decoder(weights)
         attend = self._attend(*(batch[name] for name in _ATTEND), decode_only=decode_only)
-        tokens = _input_tokens(batch, slots.last_tokens)
+        tokens = _input_tokens(batch, last_tokens)
         hidden, kv_pages = decoder(tokens, batch["positions"], attend, kv_pages, rope_lengths=batch["rope_lengths"])
-        drawn, slots = self._draw(decoder, hidden[_last_rows(batch)], batch, slots)
-        return drawn, kv_pages, slots, hidden
+        return hidden[_last_rows(batch)], {name: batch[name] for name in _HEAD}, kv_pages, hidden
 
     def _normed(self, decoder, hidden):
         return hidden  # a whole step's are already
@@ -199,15 +226,13 @@ class LayerByLayer(_Programs):
         decoder.layers = nnx.List([])
         self._graph, ends = nnx.split(decoder, graph=False)
         self.weights, self._tree = jax.tree.flatten(ends)
-        self._heads: dict[int, Future] = {}
-        self._lock = threading.Lock()
 
     def compile(self, bucket: Bucket, layout: BatchLayout):
         kv_pages, slots = self.abstract_state
         weights = _abstract(self.weights)
         first = self._compile(f"first {bucket}", partial(self._first, layout), (weights, slots.last_tokens, self._buffer(layout)))
         x, ropes, batch = jax.tree.map(lambda x: self._shape(*x.shape, dtype=x.dtype), first.out_info)
-        attend, head = ({name: batch[name] for name in names} for names in (_ATTEND, _HEAD))
+        attend = {name: batch[name] for name in _ATTEND}
         layers = {}
         for kind, graph, tree, leaves, number in self._layers:
             if kind not in layers:
@@ -217,7 +242,7 @@ class LayerByLayer(_Programs):
                 layers[kind] = self._compile(f"layer {kind} {bucket}", function, arguments, donate=(1, 2), shardings=shardings)
         last_rows = lambda x, starts: x[_last_rows({"query_starts": starts})]
         rows = self._compile(f"rows {bucket}", last_rows, (x, batch["query_starts"]))
-        return first, layers, rows, self._head(bucket.sequences, head)
+        return first, layers, rows, self.compile_head(bucket.sequences)
 
     def run(self, program, state: DeviceState, buffer: jax.Array, before_draw: Callable[[], None] | None = None) -> tuple[Drawn, jax.Array]:
         """Starts a step: what it draws, and its hidden states [T, D]. `before_draw` may still change the slots."""
@@ -232,19 +257,6 @@ class LayerByLayer(_Programs):
         drawn, state.slots = head(self.weights, last, {name: batch[name] for name in _HEAD}, state.slots)
         return drawn, x
 
-    def _head(self, sequences: int, batch):
-        """The program that draws for so many sequences; buckets are compiled side by side, and the first that needs it makes it."""
-        with self._lock:
-            mine = sequences not in self._heads
-            future = self._heads.setdefault(sequences, Future())
-        if mine:
-            arguments = (_abstract(self.weights), self._hidden(sequences), batch, self.abstract_state[1])
-            try:
-                future.set_result(self._compile(f"head {sequences}", self._last, arguments, donate=(3,)))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
-
     def _first(self, layout: BatchLayout, weights, last_tokens, buffer):
         batch, decoder = layout.unpack(buffer), self._decoder(weights)
         x = decoder.embed(_input_tokens(batch, last_tokens), batch["positions"])
@@ -254,10 +266,6 @@ class LayerByLayer(_Programs):
         layer = nnx.merge(graph, jax.tree.unflatten(tree, weights))
         attend = self._attend(*(attend[name] for name in _ATTEND), decode_only=decode_only)
         return layer(x, ropes, attend, kv_pages, number)
-
-    def _last(self, weights, hidden, batch, slots):
-        decoder = self._decoder(weights)
-        return self._draw(decoder, self._normed(decoder, hidden), batch, slots)
 
     def _normed(self, decoder, hidden):
         return decoder.final_norm(hidden)
