@@ -1,37 +1,10 @@
-"""Kernels compiled for TPUs that are not here; those for GPUs are in tests/gpu_aot."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""`jaxllm kernels`; what it compiles is looked at in test_guards.py for TPUs, and in tests/gpu_aot for GPUs."""
 
 import jax
 import pytest
 
 from jaxllm.launch.__main__ import main
 from jaxllm.planning.kernels import DTYPES, HEAD_DIMS, PAGE_SIZES, KernelCase, all_cases, some_cases
-
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = """
-import dataclasses, json, sys
-from jaxllm.planning import find_topology
-from jaxllm.planning.kernels import KernelCase, compile_kernels
-cases = [KernelCase(**case) for case in json.loads(sys.argv[2])]
-print(json.dumps([dataclasses.asdict(report) for report in compile_kernels(find_topology(sys.argv[1]), cases)]))
-"""
-
-
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
-def test_heads_narrower_than_lanes_make_no_copy_of_the_cache(topology):
-    pytest.importorskip("libtpu")
-    cases = [{"head_dim": 64, "decode_only": True}, {"head_dim": 80, "window": 1000, "softcap": 30.0, "sinks": True}]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, topology, json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=REPOSITORY, env=environment)
-    assert done.stdout, done.stderr
-    for report in json.loads(done.stdout.splitlines()[-1]):
-        assert report["problem"] is None and report["implementation"] == "tpu" and report["temporaries"] < 2**24
 
 
 def test_what_is_compiled():
