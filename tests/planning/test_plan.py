@@ -70,3 +70,13 @@ def test_bad_models(tmp_path):
     ):
         with pytest.raises(error, match=message):
             read_model_config(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "name,file", [("llama-3-8b", "llama-3-8b.yaml"), ("meta-llama/Llama-3-70B", "llama-3-70b.yaml"), ("lama3-8b.yaml", "llama-3-8b.yaml")]
+)
+def test_a_model_that_is_not_here_but_has_a_configuration(name, file, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=f"did you mean .*{Path('configs', 'models', file)}"):
+        read_model_config(name)
