@@ -69,7 +69,8 @@ def markdown(reports: Sequence[KernelReport], chips: Sequence[str], *, every: bo
     said = "cases compiled" if every else "MiB that a call moves"
     lines = [["ragged paged attention; " + said, *chips], ["---", *("---:" for _ in chips)], *rows]
     made = [r for r in reports if r.problem is None and r.reason is None]
-    notes = [f"Temporaries: {max((r.temporaries for r in made), default=0) / MIB:.1f} MiB at most.", *reasons(reports)]
+    notes = [f"Temporaries: {max(r.temporaries for r in made) / MIB:.1f} MiB at most."] if made else []
+    notes += reasons(reports)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "  \n".join(notes) + "\n"
 
 
