@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.launch.command import Command
+from jaxllm.launch.kernels_table import markdown, print_table, write_markdown
 
 if TYPE_CHECKING:
     from jaxllm.planning.kernels import KernelReport
@@ -25,6 +27,7 @@ class Config(Command):
 
       jaxllm kernels --chip v5e --chip v6e
       jaxllm kernels --chip h100 --every
+      jaxllm kernels --chip v5e --chip v6e --markdown docs/kernels.md
     """
 
     chip: tuple[str, ...]
@@ -33,12 +36,16 @@ class Config(Command):
     "Every combination of features (hundreds; minutes to hours), not each by itself."
     threads: int = 2
     "Compilations at a time."
+    markdown: str | None = None
+    "Put the table in this page too, in place of the one that the same chips had there."
 
     def __post_init__(self) -> None:
         if not self.chip:
             raise ConfigError("chip must name at least one chip")
         if self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        if self.markdown is not None and not Path(self.markdown).absolute().parent.is_dir():
+            raise ConfigError(f"markdown: {Path(self.markdown).parent} is no folder")
 
 
 class KernelsError(JaxLLMError):
@@ -58,31 +65,12 @@ def run(config: Config) -> dict[str, Any]:
         tell = lambda r: print(f"{r.chip}: {r.case}: {r.problem or r.reason or f'{r.compile_s:.1f} s'}", file=sys.stderr, flush=True)
         reports += compile_kernels(topology, cases, threads=config.threads, progress=tell)
     if not config.json:
-        _print(config.chip, reports)
+        print_table(reports, config.chip)
+    if config.markdown is not None:
+        command = " ".join(["jaxllm kernels", *(f"--chip {chip}" for chip in config.chip), *(["--every"] if config.every else [])])
+        write_markdown(Path(config.markdown), command, markdown(reports, config.chip, every=config.every))
     failed = [r for r in reports if r.problem]
     if failed:
         first = f"{failed[0].case} for {failed[0].chip}: {failed[0].problem}"
         raise KernelsError(f"{len(failed)} of {len(reports)} did not compile as they should, the first {first}")
     return {"compiled": len(reports), "kernels": [asdict(r) for r in reports]}
-
-
-def _print(chips: tuple[str, ...], reports: list[KernelReport]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for name in ("ragged paged attention", *chips):
-        table.add_column(name, justify="left" if name == "ragged paged attention" else "right")
-    by_case: dict[Any, dict[str, KernelReport]] = {}
-    for report in reports:
-        by_case.setdefault(report.case, {})[report.chip] = report
-    for case, row in by_case.items():
-        table.add_row(str(case), *(_cell(row[chip]) for chip in chips))
-    console = Console()
-    console.print(table)
-    for reason in dict.fromkeys(f"{r.chip}: {r.reason}" for r in reports if r.reason):
-        console.print(f"xla: {reason}")
-
-
-def _cell(report: KernelReport) -> str:
-    return "no" if report.problem else "xla" if report.reason else f"{report.compile_s:.1f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from jaxllm.models import ModelConfig
     from jaxllm.planning import ServingPlan
     from jaxllm.planning.training import TrainingPlan
+
+CONFIGURATIONS = Path(__file__).parents[2] / "configs" / "models"  # in a clone; what pip installs has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +129,11 @@ def _draw(config: Config, plan: ServingPlan | TrainingPlan, title: str) -> None:
 
 def read_model_config(name: str) -> ModelConfig:
     """The decoder that a file of Hugging Face's entries describes, or the model of that name. Raises CheckpointError, or ConfigError."""
-    from jaxllm.checkpoints import resolve_model
     from jaxllm.models import config_from_hf
 
     path = Path(name)
     if not (path.is_file() and path.suffix in (".yaml", ".yml", ".json")):
-        path = resolve_model(name)
+        path = _find_model(name)
         if path.is_file():
             raise CheckpointError(f"{path}: plan reads a config.json, a YAML file with its entries, or a folder with a config.json")
         path = path / "config.json"
@@ -144,3 +146,18 @@ def read_model_config(name: str) -> ModelConfig:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold the entries of a config.json, not {type(values).__name__}")
     return config_from_hf(values)
+
+
+def _find_model(name: str) -> Path:
+    """As a model is found; where none is, the error names the repository's own configurations that are near."""
+    from jaxllm.checkpoints import resolve_model
+
+    try:
+        return resolve_model(name)
+    except CheckpointError as error:
+        known = {path.stem: path for path in CONFIGURATIONS.glob("*.yaml")}
+        near = difflib.get_close_matches(name.split("/")[-1].lower().removesuffix(".yaml"), known, 3)
+        if not near:
+            raise
+        files = " or ".join(os.path.relpath(known[stem]) for stem in near)
+        raise CheckpointError(f"{error} A configuration is enough to plan with: did you mean {files}?") from error

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.planning.chips import Topology
-from jaxllm.planning.hlo import memory
+from jaxllm.planning.hlo import Program, memory
 from pallas_kernels.ragged_paged_attention import page_width, ragged_paged_attention, unsupported
 
 _TOKENS, _SEQUENCES, _KEYS = 256, 32, 4096
@@ -45,14 +45,16 @@ class KernelCase:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A case compiled for a chip. `problem`: why it is not, or what is wrong with it; bytes are of temporaries. `reason`: why the
-    chip's own kernels cannot, so that XLA's programs take their place."""
+    """A case compiled for a chip. Bytes: of temporaries, and those that a call moves, each sequence as long as there is room for.
+    `problem`: why it is not compiled, or what is wrong with it. `reason`: why the chip's own kernels cannot, so that XLA's programs
+    take their place."""
 
     chip: str
     case: KernelCase
     implementation: str
     compile_s: float
     temporaries: int
+    bytes_moved: int
     problem: str | None
     reason: str | None = None
 
@@ -104,7 +106,7 @@ def _compile(topology: Topology, case: KernelCase) -> KernelReport:
     implementation, width = topology.chip.platform, page_width(topology.chip.platform, case.head_dim)
     kv_dtype = jnp.dtype(case.kv_dtype or case.dtype)
     capability = getattr(topology.devices[0], "compute_capability", None) if implementation == "gpu" else None
-    report = KernelReport(topology.chip.name, case, implementation, 0.0, 0, None)
+    report = KernelReport(topology.chip.name, case, implementation, 0.0, 0, 0, None)
     if reason := unsupported(implementation, case.page_size, width, kv_dtype, capability):
         return replace(report, implementation="xla", reason=reason)
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
@@ -128,9 +130,10 @@ def _compile(topology: Topology, case: KernelCase) -> KernelReport:
             lowered = jax.jit(attend, donate_argnums=3).lower(
                 q, k, k, pages, table, shape(_SEQUENCES), shape(_SEQUENCES + 1), shape(2), **more
             )
-            held = memory(lowered.compile())
+            compiled = lowered.compile()
     except Exception as error:  # compilers raise anything: it is what the report is for
         return replace(report, compile_s=time.perf_counter() - start, problem=f"{type(error).__name__}: {str(error)[:500]}")
+    held, moved = memory(compiled), Program(compiled.as_text(), implementation).cost().hbm_bytes
     copied = held["temporaries"] + held["results"] > _PAGES_BYTES // 4
-    report = replace(report, compile_s=time.perf_counter() - start, temporaries=held["temporaries"])
+    report = replace(report, compile_s=time.perf_counter() - start, temporaries=held["temporaries"], bytes_moved=int(moved))
     return replace(report, problem="it makes a second copy of the cache") if copied else report

@@ -116,13 +116,13 @@ def plan_serving(
         cost, tokens = Cost(), bucket.tokens
         for part in (which, "head"):
             cost.add(made[part][1])
-        keys = max_num_seqs * max_model_len if which == "decode" else tokens
+        keys = max_num_seqs * _keys_seen(config, max_model_len) if which == "decode" else tokens
         flops = _matmul_flops(config, engine, tokens, bucket.sequences) + cost.kernel_flops
         bound = max(cost.hbm_bytes / topology.chip.bandwidth, flops / topology.chip.flops)
         reports[which] = StepReport(
             tokens=tokens,
             bytes_moved=int(cost.hbm_bytes),
-            bytes_minimum=_weights_read(config, engine, tokens) + kv_token * keys,
+            bytes_minimum=_weights_read(config, engine, tokens) + int(kv_token * keys),
             flops=flops,
             bound_s=bound,
             compiler_s=cost.compiler_s(topology.chip),
@@ -143,6 +143,11 @@ def plan_serving(
         sizes, topology=topology.name, chip=topology.chip.name, dtype=jnp.dtype(dtype).name, max_num_batched_tokens=max_num_batched_tokens
     )
     return ServingPlan(fits, used, reports["decode"], reports["prefill"], most, time.perf_counter() - start, remedy, settings)
+
+
+def _keys_seen(config: ModelConfig, length: int) -> float:
+    """Of a sequence, by its next token, in the mean of the layers: those that slide see a window."""
+    return sum(min(layer.window or length, length) for layer in config.layers) / config.num_layers
 
 
 def _matmul_flops(config: ModelConfig, engine: Any, tokens: int, sequences: int) -> float:

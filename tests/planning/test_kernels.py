@@ -1,37 +1,12 @@
-"""Kernels compiled for TPUs that are not here; those for GPUs are in tests/gpu_aot."""
+"""`jaxllm kernels`; what it compiles is looked at in test_guards.py for TPUs, and in tests/gpu_aot for GPUs."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import jax
 import pytest
 
 from jaxllm.launch.__main__ import main
 from jaxllm.planning.kernels import DTYPES, HEAD_DIMS, PAGE_SIZES, KernelCase, all_cases, some_cases
-
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = """
-import dataclasses, json, sys
-from jaxllm.planning import find_topology
-from jaxllm.planning.kernels import KernelCase, compile_kernels
-cases = [KernelCase(**case) for case in json.loads(sys.argv[2])]
-print(json.dumps([dataclasses.asdict(report) for report in compile_kernels(find_topology(sys.argv[1]), cases)]))
-"""
-
-
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
-def test_heads_narrower_than_lanes_make_no_copy_of_the_cache(topology):
-    pytest.importorskip("libtpu")
-    cases = [{"head_dim": 64, "decode_only": True}, {"head_dim": 80, "window": 1000, "softcap": 30.0, "sinks": True}]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, topology, json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=REPOSITORY, env=environment)
-    assert done.stdout, done.stderr
-    for report in json.loads(done.stdout.splitlines()[-1]):
-        assert report["problem"] is None and report["implementation"] == "tpu" and report["temporaries"] < 2**24
 
 
 def test_what_is_compiled():
@@ -43,21 +18,37 @@ def test_what_is_compiled():
 
 
 @pytest.mark.parametrize(
-    "flags,message", [([], "chip"), (["--chip", "v6"], "did you mean v6e"), (["--chip", "v6e", "--threads", "0"], "threads")]
+    "flags,message",
+    [
+        ([], "chip"),
+        (["--chip", "v6"], "did you mean v6e"),
+        (["--chip", "v6e", "--threads", "0"], "threads"),
+        (["--chip", "v6e", "--markdown", "none/page.md"], "none is no folder"),
+    ],
 )
 def test_wrong_flags(flags, message, capsys):
     assert main(["kernels", *flags]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_what_a_chip_cannot_do_is_said(monkeypatch, capsys):
+def test_what_a_chip_cannot_do_is_said(monkeypatch, capsys, tmp_path):
     """Pages of 8 are less than a TPU's tile of bfloat16."""
     from jaxllm.planning import Topology, chips
 
     monkeypatch.setattr("jaxllm.planning.find_topology", lambda name: Topology(name, chips.CHIPS["v6e"], ()))
     monkeypatch.setattr("jaxllm.planning.kernels.some_cases", lambda: [KernelCase(page_size=8)])
-    assert main(["kernels", "--chip", "v6e"]) == 0
-    assert "xla: v6e: page_size 8 is not a multiple of 16" in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("# Kernels\n\n<!-- jaxllm kernels --chip v6e -->\nold\n<!-- end -->\n\nMore.\n")
+    monkeypatch.setattr("jaxllm.planning.kernels.all_cases", lambda: [KernelCase(page_size=8), KernelCase(page_size=8, sinks=True)])
+    for flags in ([], [], ["--every"]):
+        assert main(["kernels", "--chip", "v6e", "--markdown", str(page), *flags]) == 0
+        assert "xla: v6e: page_size 8 is not a multiple of 16" in capsys.readouterr().out
+    before, table, between, summary, after = re.split(
+        "<!-- jaxllm kernels --chip v6e -->|<!-- end -->|<!-- .* --every -->", page.read_text()
+    )
+    assert (before, between.strip(), after) == ("# Kernels\n\n", "More.", "\n")
+    assert "| bfloat16 8:2 x 128, pages of 8, mixed | xla |" in table and "old" not in table
+    assert "| bfloat16 x 128 | 0 of 2, 2 xla |" in summary and "page_size 8 is not a multiple of 16" in summary
 
 
 def test_what_does_not_compile_is_a_failure(monkeypatch, capsys):
