@@ -32,6 +32,7 @@ COMMANDS = {
     "bench schedule": ("jaxllm.launch.bench.schedule", "Measure what deciding who runs costs, under each policy."),
     "bench profile": ("jaxllm.launch.bench.profile", "Measure what this machine takes for a step, for the simulator."),
     "bench replay": ("jaxllm.launch.bench.replay", "Measure policies on a trace with the real engine, beside what the simulator says."),
+    "bench structured": ("jaxllm.launch.bench.structured", "Check structured output under load, and measure what it costs a token."),
     "bench train": ("jaxllm.launch.bench.train", "Measure tokens a second of fine-tuning."),
     "bench serve": ("jaxllm.launch.bench.serve", "Measure any OpenAI-compatible server under load."),
     "compile": ("jaxllm.launch.compile", "Compile every program of an engine and write them to a folder, to start from."),
