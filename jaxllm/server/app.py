@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
@@ -81,6 +83,11 @@ def _document(app: FastAPI) -> dict:
             schemas |= schema.pop("$defs", {}) | {body.__name__: schema}
             content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
             document["paths"][path]["post"]["requestBody"] = {"content": content, "required": True}
+        for path, operations in document["paths"].items():  # handlers read them off the request, unseen by FastAPI
+            for name in re.findall(r"\{(\w+)\}", path):
+                parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for operation in operations.values():
+                    operation.setdefault("parameters", []).append(parameter)
         app.openapi_schema = document
     return app.openapi_schema
 
