@@ -202,7 +202,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(model, data, tmp_path):
 
 def test_lora_trains_the_adapter_only(model, data, tmp_path):
     lora = to_dict(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1))
-    settings = config(model, data, tmp_path / "run", lora=lora, eval_data=None, optimizer={"learning_rate": 1e-2})
+    settings = config(model, data, tmp_path / "run", lora=lora, eval_data=None, profile_steps=[2])
     trainer = Trainer(settings)
     frozen = {name: np.array(x) for name, x in trainer.frozen.items()}
     result = trainer.train()
@@ -210,6 +210,8 @@ def test_lora_trains_the_adapter_only(model, data, tmp_path):
     for name, x in trainer.frozen.items():
         np.testing.assert_array_equal(x, frozen[name], err_msg=name)
     assert {file.name for file in result.path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
