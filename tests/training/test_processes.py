@@ -51,7 +51,7 @@ def test_two_processes_are_one(changes, tmp_path):
     model = write_llama(tmp_path / "model", tokenizer=True, max_position_embeddings=64)
     records = [{"prompt": f"{'red ' * (i % 7)}->", "completion": " yes yes"} for i in range(24)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    tree = {"model": str(model), "data": {"path": [str(tmp_path / "train.jsonl")]}, "optimizer": {"learning_rate": 1e-2}}
+    tree = {"model": str(model), "data": {"path": [str(tmp_path / "train.jsonl")]}, "optimizer": {"learning_rate": 1e-3}}
     tree |= {"batch_size": 4, "max_length": 32, "max_steps": 200, "logging_steps": 1, "save_steps": 50, "export_dtype": "float32"}
     tree |= {"eval_data": tree["data"]}
     Trainer(from_dict(TrainConfig, tree | changes | {"mesh": {}, "output_dir": str(tmp_path / "one")})).train()
@@ -67,7 +67,7 @@ def test_two_processes_are_one(changes, tmp_path):
     assert [told["steps"] for told in ended] == [200, 200] and ended[0]["eval_loss"] == ended[1]["eval_loss"]
 
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys() and list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    assert one.keys() == two.keys() and list(two.values()) == pytest.approx(list(one.values()), rel=1e-5, abs=1e-6)
     name = "adapter" if "lora" in changes else "model"
     kinds = {"adapter": "adapter_model.safetensors", "model": "model.safetensors"}
     ours, theirs = (read_file(tmp_path / run / name / kinds[name]) for run in ("two", "one"))
