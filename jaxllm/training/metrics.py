@@ -34,7 +34,6 @@ class MetricsLog:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.file} ({error.strerror}): make room; the run goes on from its last save") from error
 
-
     def close(self) -> None:
         """Every line is in the file already."""
 

@@ -15,7 +15,10 @@ from tiny_models import write_llama
 
 from jaxllm.checkpoints.safetensors_source import read_file
 from jaxllm.config import from_dict, to_dict
+from jaxllm.errors import ConfigError
+from jaxllm.launch.train import Config
 from jaxllm.training import TrainConfig, Trainer
+from jaxllm.training.data import DataConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +44,12 @@ def results(processes: list[subprocess.Popen]) -> list[dict]:
 
 def losses(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in line}
+
+
+@pytest.mark.parametrize("flags", [{"num_processes": 2}, {"coordinator_address": "a:1", "num_processes": 2}])
+def test_half_an_address_is_refused(flags):
+    with pytest.raises(ConfigError, match="coordinator_address, num_processes and process_id go together"):
+        Config(model="demo", output_dir="unused", data=DataConfig(path=("unused",)), **flags)
 
 
 LORA = {"mesh": {"data": 2}, "lora": {"r": 4, "target_modules": "all-linear"}}
