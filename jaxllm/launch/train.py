@@ -28,8 +28,21 @@ class Config(TrainConfig, Command):
     topology: str | None = None
     "With --dry-run: memory and time of chips that are not here, as in v5e:2x2 (see `jaxllm plan`), not of this machine."
 
+    coordinator_address: str | None = None
+    "For several hosts, each of which runs this: the first one's address, host:port; or auto, where JAX finds it (TPU, Slurm, MPI)."
+    num_processes: int | None = None
+    "How many run it; with auto, found too."
+    process_id: int | None = None
+    "Which of them this one is, from 0; with auto, found too."
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        several = self.coordinator_address is not None
+        given = [getattr(self, name) is not None for name in ("num_processes", "process_id")]
+        if (any(given) and not several) or (several and self.coordinator_address != "auto" and not all(given)):
+            raise ConfigError("coordinator_address, num_processes and process_id go together, unless coordinator_address is auto")
+        if several and self.dry_run:
+            raise ConfigError("dry_run shows the work of one process: leave coordinator_address out")
         if self.topology is not None and not self.dry_run:
             raise ConfigError("topology is of chips that are not here: it goes with --dry-run")
 
@@ -38,6 +51,10 @@ def run(config: Config) -> dict[str, Any]:
     train = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
     if config.dry_run:
         return _dry_run(train, config.topology)
+    if config.coordinator_address is not None:
+        from jaxllm.training.processes import join
+
+        join(config.coordinator_address, config.num_processes, config.process_id)
     from jaxllm.training import Trainer
 
     result = Trainer(train).train()

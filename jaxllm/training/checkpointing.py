@@ -27,6 +27,7 @@ import numpy as np
 
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.training import checkpoint_files as files
+from jaxllm.training import processes
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class Checkpointer:
         asynchronous: `save` returns when the arrays are copied, and a thread writes them; an error of the writing is raised by the
             next `save`, `wait` or `close`.
 
-    Raises ConfigError for wrong arguments and for several processes (which are not implemented), CheckpointError for an unusable folder.
+    Several processes make one each, of a folder that all of them see, and call the same methods in the same order: all write their parts of
+    the arrays, the first the rest. Raises ConfigError for wrong arguments, CheckpointError for an unusable folder.
     """
 
     def __init__(
@@ -71,12 +73,18 @@ class Checkpointer:
             raise ConfigError(f"keep_last is {keep_last}; keep at least 1, or None for all")
         if keep_best is not None and (len(keep_best) != 2 or keep_best[1] not in ("min", "max")):
             raise ConfigError(f"keep_best is {keep_best!r}; give a metric and min or max, as in ('eval_loss', 'min')")
-        if jax.process_count() > 1:
-            raise ConfigError(f"checkpoints of runs over several processes ({jax.process_count()}) are not implemented: use one process")
         import orbax.checkpoint as ocp
 
         self.folder = Path(folder).expanduser().absolute()
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
+        processes.first_alone(self._open)
+        self._orbax = ocp.StandardCheckpointer()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future] | None = None
+        self._broken: set[int] = set()
+        self._lock: IO[bytes] | None = None
+
+    def _open(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
@@ -88,16 +96,13 @@ class Checkpointer:
                 lock.close()
         except OSError as error:
             raise CheckpointError(f"cannot write checkpoints into {self.folder} ({error.strerror}): choose another folder") from error
-        self._orbax = ocp.StandardCheckpointer()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: tuple[int, Future] | None = None
-        self._broken: set[int] = set()
-        self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None and jax.process_count() > 1:
+            self._pending = None  # who knows where the other processes are
         try:
             self.close()
         except CheckpointError:
@@ -120,10 +125,14 @@ class Checkpointer:
         """Returns when everything saved is on disk. Raises CheckpointError if it could not be written."""
         if self._pending is not None:
             (step, future), self._pending = self._pending, None
-            try:
-                future.result()
-            except Exception as error:  # orbax and tensorstore raise errors of many kinds for one and the same cause
-                self._failed(step, error)
+
+            def written() -> None:
+                try:
+                    future.result()
+                except Exception as error:  # orbax and tensorstore raise errors of many kinds for one and the same cause
+                    self._failed(step, error)
+
+            processes.together(written)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there are, in order, without those found damaged."""
@@ -150,28 +159,35 @@ class Checkpointer:
         self.wait()
         if step < 0:
             raise CheckpointError(f"step is {step}; it must be 0 or more")
-        if self._lock is None and (lock := files.lock(self.folder, wait_s=2)) is None:
-            raise CheckpointError(f"another process saves checkpoints into {self.folder}: end it, or choose another folder")
-        elif self._lock is None:
-            self._lock = lock
         arrays, tree = _to_arrays(state)
-        size = sum(array.nbytes for array in arrays.values())
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            raise CheckpointError(
-                f"cannot save step {step}: it needs {size / 1e9:.2f} GB and {self.folder} has {free / 1e9:.2f} GB free: make room, or "
-                f"lower keep_last. {self._intact()}"
-            )
         target = files.step_folder(self.folder, step)
         staging = target.with_name(f".saving-{target.name}")
         content = {"version": _VERSION, "step": step, "tree": tree, "metrics": {k: float(v) for k, v in (metrics or {}).items()}}
+
+        def prepare() -> None:
+            if self._lock is None and (lock := files.lock(self.folder, wait_s=2)) is None:
+                raise CheckpointError(f"another process saves checkpoints into {self.folder}: end it, or choose another folder")
+            elif self._lock is None:
+                self._lock = lock
+            size = sum(array.nbytes for array in arrays.values())
+            free = shutil.disk_usage(self.folder).free
+            if size > free:
+                raise CheckpointError(
+                    f"cannot save step {step}: it needs {size / 1e9:.2f} GB and {self.folder} has {free / 1e9:.2f} GB free: make room, or "
+                    f"lower keep_last. {self._intact()}"
+                )
+            try:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+                if iterator_state is not None:
+                    (staging / "iterator").write_bytes(iterator_state)
+                if config is not None:
+                    (staging / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+            except OSError as error:
+                self._failed(step, error)
+
+        processes.first_alone(prepare)
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            if iterator_state is not None:
-                (staging / "iterator").write_bytes(iterator_state)
-            if config is not None:
-                (staging / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
             if arrays:
                 self._orbax.save(staging / _ARRAYS, arrays)
         except Exception as error:
@@ -238,6 +254,8 @@ class Checkpointer:
 
     def _finish(self, staging: Path, target: Path, content: dict[str, Any], step: int) -> None:
         self._orbax.wait_until_finished()
+        if not processes.is_first():
+            return
         files.write_manifest(staging, content)
         files.put_in_place(staging, target)
         self._broken.discard(step)
@@ -315,9 +333,10 @@ def _to_arrays(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def _abstract(saved: dict[str, Any], leaf: Any) -> Any:
     if leaf is None and saved["host"] or isinstance(leaf, np.ndarray | np.generic | bool | int | float):
         return np.empty(saved["shape"], jnp.dtype(saved["dtype"]))  # in NumPy's own types: jax would make 64 bits 32
-    if saved["kind"] == "key":
-        return jax.ShapeDtypeStruct(tuple(saved["key_shape"]), jnp.uint32, sharding=_first_device())
     sharding = getattr(leaf, "sharding", None) or _first_device()
+    if saved["kind"] == "key":
+        at = sharding if sharding.is_fully_replicated else _first_device()  # its data have an axis more
+        return jax.ShapeDtypeStruct(tuple(saved["key_shape"]), jnp.uint32, sharding=at)
     return jax.ShapeDtypeStruct(tuple(saved["shape"]), jnp.dtype(saved["dtype"]), sharding=sharding)
 
 

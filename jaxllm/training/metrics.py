@@ -34,6 +34,9 @@ class MetricsLog:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.file} ({error.strerror}): make room; the run goes on from its last save") from error
 
+    def close(self) -> None:
+        """Every line is in the file already."""
+
 
 def _step(line: str) -> float:
     try:
@@ -45,13 +48,13 @@ def _step(line: str) -> float:
 class Progress:
     """One line on stderr: rewritten on a terminal, else printed now and then."""
 
-    def __init__(self, total: int | None, first: int):
+    def __init__(self, total: int | None, first: int, silent: bool = False):
         self.total, self.first, self.start, self.told = total, first, time.monotonic(), 0.0
-        self.live = sys.stderr.isatty()
+        self.silent, self.live = silent, sys.stderr.isatty() and not silent
 
     def show(self, step: int, values: dict[str, Any]) -> None:
         now = time.monotonic()
-        if not self.live and now - self.told < 10 and step != self.total:
+        if self.silent or not self.live and now - self.told < 10 and step != self.total:
             return
         self.told = now
         parts = [f"step {step}" + (f"/{self.total}" if self.total else "")]

@@ -68,7 +68,7 @@ def init_state(params: Params, tx: optax.GradientTransformation, config: StepCon
     ema = copy(wide(params)) if config.ema_decay is not None else None
     # Two zeros: a buffer is donated once.
     step, skipped = (jax.device_put(jnp.int32(0), places.step) for _ in range(2))
-    return TrainState(copy(params), opt_state, ema, step, skipped, jax.device_put(jax.random.key(seed), places.key))
+    return TrainState(copy(params), opt_state, ema, step, skipped, jax.jit(jax.random.key, out_shardings=places.key)(seed))
 
 
 def make_train_step(
@@ -158,9 +158,12 @@ def cast(params: Params, precision: Precision) -> Params:
 
 
 def place_batch(batches: Any, mesh: Mesh, rules: ShardingRules, *, lead: int = 1) -> Any:
-    """Host arrays [micro-batches, rows, ...] (`lead` axes before the rows) on the mesh, rows over its batch axes."""
+    """Host arrays [micro-batches, rows, ...] (`lead` axes before the rows) on the mesh, rows over its batch axes. Of several processes each
+    has the same arrays, and places the rows of its own devices."""
     sharding = NamedSharding(mesh, PartitionSpec(*(None,) * lead, rules.batch))
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), batches)
+    if sharding.is_fully_addressable:
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), batches)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batches)
 
 
 def _like(path: tuple, leaf: Any, params: Params):

@@ -2,12 +2,10 @@
 
 import json
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import config_from_hf
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
 from jaxllm.tokenizers import load_tokenizer
+from jaxllm.training import processes
 from jaxllm.training.checkpointing import Checkpointer
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.data import Dataset, make_dataset
@@ -59,11 +58,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig):
-        if jax.process_count() > 1:
-            raise ConfigError("training over several hosts is not implemented; use the devices of one")
         self.config = c = config
         self.path = resolve_model(c.model)
         self.mesh = make_mesh(data=c.mesh.data, fsdp=c.mesh.fsdp, tensor=c.mesh.tensor)
+        processes.check_mesh(self.mesh)
         self.source = source = open_checkpoint(self.path)
         self.model_config = config_from_hf(source.config)
         check_installed(c)
@@ -86,12 +84,15 @@ class Trainer:
         """Runs to the last step, or until SIGTERM, on which it saves and returns. Raises CheckpointError if it cannot write."""
         c, out = self.config, Path(self.config.output_dir)
         best = ("eval_loss", "min") if c.keep_best and c.eval_data else None
-        with Checkpointer(out / "checkpoints", keep_last=c.keep_last, keep_best=best) as checkpointer, _sigterm() as asked:
+        with Checkpointer(out / "checkpoints", keep_last=c.keep_last, keep_best=best) as checkpointer, processes.termination() as asked:
             return _Run(self, checkpointer, out).to_the_end(asked)
 
     def export(self, out: Path) -> Path:
         """Writes what has been trained: the adapter in PEFT's format, or the model as a Hugging Face folder."""
-        return export(self.config, self.model(), self.source, self.tokenizer, self.path, out)
+        best = {name: processes.whole(x) for name, x in self._best_params().items()}
+        model = without_reference(self.program.parts.merge(best, self.frozen))
+        processes.first_alone(lambda: export(self.config, model, self.source, self.tokenizer, self.path, out))
+        return out
 
     def model(self) -> nnx.Module:
         """The decoder as it is best now: the moving average, if one is kept."""
@@ -172,18 +173,20 @@ class _Run:
             self.best, self.waited = restored.metrics.get("best", math.inf), int(restored.metrics["waited"])
             self.eval_loss = restored.metrics.get("last_eval_loss")
             print(f"going on from step {self.step} of {checkpointer.folder}", file=sys.stderr)
-        write_config(trainer.config, out / "config.yaml")
-        self.log = MetricsLog(out / "metrics.jsonl", self.step if self.saved is not None else -1)
         self.began = self.step
-        self.watchers = open_watchers(trainer.config, out, self.step)
+        self.logs: list[Any] = []  # the first process tells, the others are silent
+        if processes.is_first():
+            write_config(trainer.config, out / "config.yaml")
+            self.logs = [MetricsLog(out / "metrics.jsonl", self.step if self.saved is not None else -1)]
+            self.logs += open_watchers(trainer.config, out, self.step)
         self.peak = trainer.config.peak_flops or peak_flops(list(trainer.mesh.devices.flat))
 
-    def to_the_end(self, asked_to_stop: list[int]) -> TrainResult:
+    def to_the_end(self, asked_to_stop: Callable[[int], bool]) -> TrainResult:
         t, c = self.t, self.t.config
         stopped, window, loss = self._out_of_patience(), _Window(), None
         if c.eval_on_start and self.step == 0:
             self._evaluate()
-        progress = Progress(t.total_steps, self.step)
+        progress = Progress(t.total_steps, self.step, silent=not processes.is_first())
         while self.step < t.total_steps and stopped is None:
             batch = next(self.data, None)
             if batch is None:
@@ -207,14 +210,14 @@ class _Run:
                 self._evaluate()
                 stopped = self._out_of_patience()
                 window.restart()
-            if asked_to_stop:
+            if asked_to_stop(self.step):
                 stopped = "SIGTERM"
             if last or stopped is not None or self.step % c.save_steps == 0:
                 self._save()
         self.checkpointer.wait()
         progress.close()
-        for watcher in self.watchers:
-            watcher.close()
+        for log in self.logs:
+            log.close()
         path = self._export() if c.export and stopped != "SIGTERM" else None
         return TrainResult(self.step, loss, self.eval_loss, int(t.state.skipped), path, stopped)
 
@@ -222,15 +225,18 @@ class _Run:
         """Writes the result, unless there was nothing left to do and it is there already."""
         path, note = self.out / ("adapter" if self.t.config.adapter is not None else "model"), self.out / "exported.json"
         made = json.dumps({"step": self.step, "export_dtype": self.t.config.export_dtype})
-        if self.step == self.began and path.exists() and note.exists() and note.read_text(encoding="utf-8") == made:
+        there = self.step == self.began and path.exists() and note.exists() and note.read_text(encoding="utf-8") == made
+        if processes.first_says(there):
             return path
-        note.unlink(missing_ok=True)  # the folder appears whole or not at all, and after it the note
+        if processes.is_first():
+            note.unlink(missing_ok=True)  # the folder appears whole or not at all, and after it the note
         self.t.export(path)
-        note.write_text(made, encoding="utf-8")
+        if processes.is_first():
+            note.write_text(made, encoding="utf-8")
         return path
 
     def _tell(self, values: dict[str, Any]) -> None:
-        for log in (self.log, *self.watchers):
+        for log in self.logs:
             log.write(values)
 
     def _place(self, batch: dict[str, np.ndarray]) -> Any:
@@ -303,22 +309,3 @@ def write_config(config: TrainConfig, file: Path) -> None:
     import yaml
 
     file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-
-
-@contextmanager
-def _sigterm() -> Iterator[list[int]]:
-    """A list that has an entry once SIGTERM has come; a second one ends the process as ever."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set handlers
-        yield asked
-        return
-
-    def handle(number, frame):
-        asked.append(number)
-        signal.signal(signal.SIGTERM, before)
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,7 @@
 
     python make_training_goldens.py [MODEL OUT]      (torch, transformers, peft)
 
-With MODEL (a Hugging Face folder) and OUT (an .npz file): the same of another model, with its last layer's weights only.
+With MODEL (a Hugging Face folder) and OUT (an .npz file): the same of another model, which train_parity.py asks for.
 """
 
 import sys
@@ -44,14 +44,14 @@ def train(net, parameters, tokens, prompts, ends, learning_rate):
     return losses, norms
 
 
-def main(model=HERE / "models" / "llama_gqa", out=HERE / "training.npz", learning_rate=1e-3, keep=lambda name: True):
+def main(model=HERE / "models" / "llama_gqa", out=HERE / "training.npz", learning_rate=1e-3, save=np.savez_compressed):
     torch.manual_seed(0)
     result = {"learning_rate": learning_rate}
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     result |= dict(zip(("tokens", "prompts", "ends"), batches(net.config.vocab_size), strict=True))
     data = [result[name] for name in ("tokens", "prompts", "ends")]
     result["full_losses"], result["full_norms"] = train(net, list(net.parameters()), *data, learning_rate)
-    result |= {f"full:{name}": p.detach().numpy() for name, p in net.named_parameters() if keep(name)}
+    result |= {f"full:{name}": p.detach().numpy() for name, p in net.named_parameters()}
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     net = get_peft_model(net, LoraConfig(**LORA))
     adapter = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -62,12 +62,12 @@ def main(model=HERE / "models" / "llama_gqa", out=HERE / "training.npz", learnin
     result |= {f"before:{name.replace('.default', '')}": p.detach().clone().numpy() for name, p in adapter.items()}
     result["lora_losses"], result["lora_norms"] = train(net, list(adapter.values()), *data, learning_rate)
     result |= {f"after:{name.replace('.default', '')}": p.detach().numpy() for name, p in adapter.items()}
-    np.savez_compressed(out, **result)
+    save(out, **result)
     print(out, result["full_losses"][0], result["full_losses"][-1], result["lora_losses"][-1])
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        main(Path(sys.argv[1]), Path(sys.argv[2]), 1e-4, keep=lambda name: ".29." in name)
+        main(Path(sys.argv[1]), Path(sys.argv[2]), 1e-4, np.savez)
     else:
         main()

@@ -45,6 +45,14 @@ def test_mixed(capfd, tmp_path):
     assert 0 < result["kv_waste"] < 0.5 and result["features"]["temperature"] > 0
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_train(capfd, mode):
+    sizes = ["--batch", "2", "--seq-len", "16", "--repeats", "1"]
+    result = run(capfd, "train", "--model", str(MODELS / "llama_gqa"), "--mode", mode, *sizes, "--json")
+    assert result["tokens_per_s"] * result["step_s"] == pytest.approx(32, rel=0.1) and result["first_step_s"] > result["step_s"]
+    assert result["flops_per_s"] > 0 and result["peak_rss_bytes"] > 1e6
+
+
 def test_prefix(capfd):
     lengths = ["--num-prompts", "4", "--prefix-len", "64", "--suffix-len", "3", "--output-len", "5", "--repeats", "2"]
     result = run(capfd, "prefix", *TINY, *lengths)

@@ -42,8 +42,7 @@ def test_packed_and_unpacked_are_the_same(folder):
     close(packed.params, unpacked.params, 1e-5)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("policy", ["full", "dots", "dots_with_no_batch_dims"])
+@pytest.mark.parametrize(("policy", "scan_layers"), [("full", True), ("full", False), ("dots", True), ("dots_with_no_batch_dims", False)])
 def test_remat_changes_no_number(folder, policy, scan_layers):
     batch, model = stacked(rows(LENGTHS, 16)), load(folder, scan_layers=scan_layers)
     model.remat = policy

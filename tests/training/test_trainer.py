@@ -131,11 +131,11 @@ def check_same(out, whole):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
-def test_killed_at_random_moments(seed, whole, model, data, tmp_path):
+@pytest.mark.parametrize(("seed", "kills"), [(0, 4), *(pytest.param(seed, 12, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
+def test_killed_at_random_moments(seed, kills, whole, model, data, tmp_path):
     """kill -9, also while a checkpoint is being written: the run that goes on is the run that was never stopped."""
     settings, rng = config(model, data, tmp_path / "run", eval_steps=4, save_steps=1), random.Random(seed)
-    for kill in range(12):
+    for kill in range(kills):
         process = start(settings)
         file = tmp_path / "run" / "metrics.jsonl"
         wanted = (len(losses(tmp_path / "run")) if file.exists() else 0) + rng.randint(1, 4)
@@ -202,7 +202,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(model, data, tmp_path):
 
 def test_lora_trains_the_adapter_only(model, data, tmp_path):
     lora = to_dict(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1))
-    settings = config(model, data, tmp_path / "run", lora=lora, eval_data=None, optimizer={"learning_rate": 1e-2})
+    settings = config(model, data, tmp_path / "run", lora=lora, eval_data=None, profile_steps=[2])
     trainer = Trainer(settings)
     frozen = {name: np.array(x) for name, x in trainer.frozen.items()}
     result = trainer.train()
@@ -210,6 +210,8 @@ def test_lora_trains_the_adapter_only(model, data, tmp_path):
     for name, x in trainer.frozen.items():
         np.testing.assert_array_equal(x, frozen[name], err_msg=name)
     assert {file.name for file in result.path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
