@@ -16,7 +16,6 @@ from jaxllm.server.metrics import Metrics
 from jaxllm.server.tools import guess_parser
 from jaxllm.server.tracing import Tracer
 from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
-from jaxllm.serving.engine import get_tokenizer
 
 
 class Service:
@@ -26,7 +25,7 @@ class Service:
         self.llm, self.config = llm, config
         self.keys = read_keys(config.keys, config.api_key_file)
         self.names = config.served_model_name or (llm.config.model,)
-        template = None if llm.engine.tokenizer is None else llm.engine.tokenizer.chat_template
+        template = llm.chat_template
         parser = guess_parser(template) if config.tool_call_parser == "auto" else config.tool_call_parser
         self.tool_parser = None if parser == "none" else parser  # a name of `tools.PARSERS`
         self.thinks = "<think>" in (template or "") if config.reasoning_parser == "auto" else config.reasoning_parser == "think"
@@ -38,11 +37,11 @@ class Service:
 
     @property
     def tokenizer(self):
-        return get_tokenizer(self.llm.engine)
+        return self.llm.get_tokenizer()
 
     @property
     def max_model_len(self) -> int:
-        return self.llm.engine.limits.max_model_len
+        return self.llm.max_model_len
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError for another model than ours."""

@@ -81,6 +81,21 @@ class AsyncLLM:
     def get_tokenizer(self) -> Tokenizer:
         return get_tokenizer(self.engine)
 
+    @property
+    def chat_template(self) -> str | None:
+        return None if self.engine.tokenizer is None else self.engine.tokenizer.chat_template
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self.engine.limits.max_model_len
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of a pooled prompt's vector."""
+        config = self.engine.runner.programs.config
+        return config.embed_dim or config.hidden_size
+
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
