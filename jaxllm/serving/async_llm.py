@@ -1,6 +1,7 @@
 """The asynchronous Python API: many requests from asyncio, one engine in one thread."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import threading
@@ -234,7 +235,6 @@ class AsyncLLM:
     def _die(self, cause: BaseException | None) -> None:
         error = EngineDeadError("the engine was shut down" if cause is None else f"the engine's thread ended: {cause!r}")
         error.__cause__ = cause
-        self.engine.close()
         with self._wake:
             self._dead, actions, self._inbox = error, self._inbox, deque()
         by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
@@ -246,9 +246,10 @@ class AsyncLLM:
         for done, _ in actions:
             if done.set_running_or_notify_cancel():
                 done.set_exception(error)
+        self.engine.close()  # when everyone has been told: it may fail on a broken device
 
 
 def _wake(by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]]) -> None:
     for loop, streams in by_loop.items():
-        if not loop.is_closed():  # whoever read there has gone
+        with contextlib.suppress(RuntimeError):  # the loop is closed: whoever read there has gone
             loop.call_soon_threadsafe(lambda streams=streams: [stream.ready.set() for stream in streams])

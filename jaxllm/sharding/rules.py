@@ -39,7 +39,8 @@ def fit_to_model(rules: ShardingRules, config: ModelConfig, mesh: Mesh) -> Shard
     """The rules with each axis that this model cannot split evenly left whole, which is logged.
 
     Attention is split by whole heads: if the query heads do not divide, attention runs whole on every device. Key and value
-    heads that are fewer than the devices are repeated, one to a device (`serving.attend`), so their projections stay whole.
+    heads that are fewer than the devices are repeated, one to a device (`serving.attend`); their projections are split within heads
+    all the same, where that is even: what they make is little, and is gathered.
     """
     n = mesh.shape["tensor"]
     if n == 1:
@@ -48,7 +49,7 @@ def fit_to_model(rules: ShardingRules, config: ModelConfig, mesh: Mesh) -> Shard
     kv_repeat = config.num_kv_heads < n and n % config.num_kv_heads == 0
     if config.num_heads % n or not (config.num_kv_heads % n == 0 or kv_repeat):
         whole["heads"] = whole["kv_heads"] = f"{config.num_heads} query and {config.num_kv_heads} key/value heads"
-    elif kv_repeat:
+    elif kv_repeat and config.num_kv_heads * config.head_dim % n:
         rules = replace(rules, kv_heads=None)
     if config.intermediate_size % n:
         whole["mlp"] = f"intermediate size {config.intermediate_size}"

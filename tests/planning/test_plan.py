@@ -36,6 +36,16 @@ def test_what_does_not_fit_is_said_with_the_remedy(tmp_path):
     assert not result["fits"] and "tensor=2 on a topology with as many chips" in result["remedy"]
 
 
+@pytest.mark.slow
+def test_llama_3_70b_fits_sixteen_small_chips():
+    """It has fewer key/value heads than there are chips: their projections are split all the same."""
+    pytest.importorskip("libtpu")
+    result = plan("--model", MODELS / "llama-3-70b.yaml", "--topology", "v5e:4x4", "--max-num-seqs", 32, "--max-model-len", 4096)
+    assert result["fits"] and result["max_sequences"] >= 32
+    assert result["per_chip_bytes"]["parameters"] == pytest.approx(70.55e9 * 2 / 16, rel=0.01)
+    assert result["decode"]["bytes_moved"] / result["decode"]["bytes_minimum"] <= 1.10
+
+
 @pytest.mark.parametrize(
     "name,message",
     [("v9:2x2", "no chip 'v9'"), ("v6:2x2", "did you mean v6e"), ("v6e", "shape of 2 numbers"), ("v5p:2x2", "shape of 3 numbers"),
