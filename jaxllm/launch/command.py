@@ -20,6 +20,12 @@ class Command:
     json: bool = False
     "Print one JSON object as the last line of stdout, and everything else to stderr."
 
+    def check_counts(self, *names: str) -> None:
+        """Raises ConfigError for a flag that is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCommand(Command):

@@ -65,9 +65,7 @@ class Config(Command):
     "Draw the roofline and the memory of a chip to this file (.png, .svg, .pdf)."
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size")
         if self.tensor is not None and self.tensor < 1:
             raise ConfigError(f"tensor must be at least 1, got {self.tensor}")
         check_picture(self.plot)

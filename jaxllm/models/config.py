@@ -98,6 +98,11 @@ class ModelConfig:
             )
 
     @property
+    def embedding_dim(self) -> int:
+        """Features of the table of embeddings, and of what the head multiplies."""
+        return self.embed_dim or self.hidden_size
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 

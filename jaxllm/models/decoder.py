@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
         c = config
         self.config = config
         self.remat: str | None = None  # what the backward pass computes anew: see REMAT
-        embed_dim = c.embed_dim or c.hidden_size
+        embed_dim = c.embedding_dim
         self.embed_tokens = parameter((c.vocab_size, embed_dim), ("vocab", "embed"), dtype=dtype, rngs=rngs)
         rows = c.max_positions + c.position_offset
         self.embed_positions = parameter((rows, c.hidden_size), (None, "embed"), dtype=dtype, rngs=rngs) if c.learned_positions else None

@@ -211,12 +211,14 @@ class Program:
         return read
 
     def _written(self, computation: str | None, whole: int) -> int:
-        """Bytes that a fusion writes: where it updates a slice of an operand in place, that slice."""
+        """Bytes that a fusion writes: where it updates a slice or rows of an operand in place, those."""
         ops = self._ops.get(computation or "", {})
         root = next((op for op in ops.values() if "ROOT " in op.line), None)
         if root is not None and root.opcode == "dynamic-update-slice" and root.operands[1] in ops:
             return min(whole, ops[root.operands[1]].any_bytes)
-        return whole if root is None or root.opcode != "scatter" else min(whole, _scattered(root, ops))
+        if root is not None and root.opcode == "scatter":
+            return min(whole, _scattered(root, ops))
+        return whole
 
     def _trips(self, op: _Op) -> int:
         """What the loop's counter is compared with: our loops count up from 0 by 1."""

@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,24 +82,25 @@ def plan_serving(
     parameters, kv_cache = bytes_on_a_device(engine.weights), bytes_on_a_device(pages)
     buckets = {
         "decode": Bucket(max_num_seqs, max_num_seqs, True),
-        "prefill": Bucket(max_num_batched_tokens, min(max_num_batched_tokens, max_num_seqs)),
+        "prefill": Bucket(max_num_batched_tokens, max_num_seqs),
     }
-
     layouts = {which: step_layout(bucket, max_pages) for which, bucket in buckets.items()}
 
-    def compile_(which: str) -> tuple[Any, float] | str:
+    layers = lambda which: partial(engine.compile_layers, buckets[which], layouts[which])
+    # What takes longest comes first.
+    programs = {"prefill": layers("prefill"), "head": partial(engine.compile_head, max_num_seqs), "decode": layers("decode")}
+
+    def compile_(program: Callable[[], Any]) -> tuple[Any, float] | str:
         began = time.perf_counter()
         try:
-            if which == "head":
-                return engine.compile_head(max_num_seqs), time.perf_counter() - began
-            return engine.compile_layers(buckets[which], layouts[which]), time.perf_counter() - began
+            return program(), time.perf_counter() - began
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return str(error)
 
-    with ThreadPoolExecutor(2) as pool:  # what takes longest comes first
-        done = dict(zip(programs := ("prefill", "head", "decode"), pool.map(compile_, programs), strict=True))
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(programs, pool.map(compile_, programs.values()), strict=True))
 
     capacity = topology.chip.memory_bytes
     kv_token = kv_cache // ((max_num_seqs * max_pages + 1) * page_size)
@@ -164,7 +167,7 @@ def _weights_read(config: ModelConfig, engine: Any, tokens: int) -> int:
     total = bytes_on_a_device(engine.weights)
     if config.tie_embeddings:
         return total
-    table = next(x for x in jax.tree.leaves(engine.weights) if x.shape == (config.vocab_size, config.embed_dim or config.hidden_size))
+    table = next(x for x in jax.tree.leaves(engine.weights) if x.shape == (config.vocab_size, config.embedding_dim))
     return total - max(0, bytes_on_a_device(table) - tokens * table.shape[1] * jnp.dtype(table.dtype).itemsize)
 
 

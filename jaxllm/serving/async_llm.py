@@ -94,8 +94,7 @@ class AsyncLLM:
     @property
     def embedding_dim(self) -> int:
         """Length of a pooled prompt's vector."""
-        config = self.engine.runner.programs.config
-        return config.embed_dim or config.hidden_size
+        return self.engine.runner.model.config.embedding_dim
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None

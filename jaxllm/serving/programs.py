@@ -100,7 +100,7 @@ class _Programs:
             mine = sequences not in self._heads
             future = self._heads.setdefault(sequences, Future())
         if mine:
-            drawn_from = step_layout(Bucket(1, sequences), 1).fields
+            drawn_from = step_layout(Bucket(1, sequences), 1).fields  # tokens and pages are the layers' alone
             batch = {name: self._shape(*drawn_from[name][1], dtype=drawn_from[name][2]) for name in _HEAD}
             arguments = (_abstract(self.weights), self._hidden(sequences), batch, self.abstract_state[1])
             try:

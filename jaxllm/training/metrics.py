@@ -74,7 +74,7 @@ def matmul_parameters(config: ModelConfig) -> int:
     c = config
     attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     mlp = c.hidden_size * c.intermediate_size * (3 if c.gated_mlp else 2)
-    return c.num_layers * (attention + mlp) + c.vocab_size * (c.embed_dim or c.hidden_size)
+    return c.num_layers * (attention + mlp) + c.vocab_size * c.embedding_dim
 
 
 def training_flops(config: ModelConfig, lengths_squared: float, tokens: float, *, frozen: bool) -> float:

@@ -42,7 +42,11 @@ def test_packed_and_unpacked_are_the_same(folder):
     close(packed.params, unpacked.params, 1e-5)
 
 
-@pytest.mark.parametrize(("policy", "scan_layers"), [("full", True), ("full", False), ("dots", True), ("dots_with_no_batch_dims", False)])
+REMAT = [("full", True), ("full", False), ("dots", True), ("dots_with_no_batch_dims", False)]
+SLOW_REMAT = [pytest.param(*case, marks=pytest.mark.slow) for case in [("dots", False), ("dots_with_no_batch_dims", True)]]
+
+
+@pytest.mark.parametrize(("policy", "scan_layers"), REMAT + SLOW_REMAT)
 def test_remat_changes_no_number(folder, policy, scan_layers):
     batch, model = stacked(rows(LENGTHS, 16)), load(folder, scan_layers=scan_layers)
     model.remat = policy

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
 
 if TYPE_CHECKING:
@@ -43,9 +42,7 @@ class BenchCommand(Command):
     "Runs that count, after one that does not; figures are their medians."
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "input_len", "output_len", "repeats", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("num_prompts", "input_len", "output_len", "repeats", "tensor_parallel_size")
 
 
 def make_llm(config: BenchCommand) -> tuple[LLM, float]:

@@ -58,9 +58,7 @@ class Config(Command):
     "Write all that the scheduler is told and plans to this file, for `jaxllm simulate --replay`; it costs some speed."
 
     def __post_init__(self) -> None:
-        for name in ("num_requests", "max_input_len", "max_output_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("num_requests", "max_input_len", "max_output_len")
         if not self.requests_per_step > 0:
             raise ConfigError(f"requests_per_step must be above 0, got {self.requests_per_step}")
 

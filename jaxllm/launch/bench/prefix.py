@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from jaxllm.errors import ConfigError
 from jaxllm.launch.bench.common import memory
 from jaxllm.launch.command import Command
 
@@ -43,9 +42,7 @@ class Config(Command):
     "Runs that count, after one that does not; figures are their medians."
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "prefix_len", "suffix_len", "output_len", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("num_prompts", "prefix_len", "suffix_len", "output_len", "repeats")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -51,9 +51,7 @@ class Config(Command):
     "Times that the load is run, after once that does not count."
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_model_len", "longest", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("max_num_seqs", "max_model_len", "longest", "repeats")
         if self.longest + 32 > self.max_model_len:
             raise ConfigError(f"longest={self.longest} and 32 tokens more do not fit in max_model_len={self.max_model_len}")
         if self.out is not None and not (self.out.endswith(".json") and Path(self.out).absolute().parent.is_dir()):

@@ -7,7 +7,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
 
 _STEP_S = 0.03  # by the scheduler's clock: each policy reviews its ranks as often as on a real device
@@ -38,9 +37,7 @@ class Config(Command):
     "Steps that are measured, after as many that are not."
 
     def __post_init__(self) -> None:
-        for name in ("running", "waiting", "tenants", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("running", "waiting", "tenants", "steps")
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -49,9 +49,7 @@ class Config(Command):
     "Of weights and activations; auto fits the device."
 
     def __post_init__(self) -> None:
-        for name in ("num_requests", "num_schemas", "max_tokens", "output_len", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("num_requests", "num_schemas", "max_tokens", "output_len", "repeats")
         for module in ("jsonschema", "llguidance"):
             if importlib.util.find_spec(module) is None:
                 raise ConfigError(f"bench structured needs the package {module}: pip install {module}")
@@ -112,10 +110,8 @@ def _time(config: Config, llm) -> dict[str, float]:
             llm.reset_prefix_cache()
             start = time.perf_counter()
             drawn = sum(len(output.outputs[0].token_ids) for output in llm.generate(prompts, params))
-            if drawn != config.max_num_seqs * config.output_len:
-                raise StructuredError(
-                    f"{drawn} tokens came in place of {config.max_num_seqs * config.output_len}: times cannot be compared"
-                )
+            if drawn != (wanted := len(prompts) * config.output_len):
+                raise StructuredError(f"{drawn} tokens came in place of {wanted}: times cannot be compared")
             if repeat:
                 taken[name].append(time.perf_counter() - start)
                 print(f"{name.removesuffix('_s')}, run {repeat}: {taken[name][-1]:.2f} s", file=sys.stderr)

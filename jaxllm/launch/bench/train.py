@@ -40,9 +40,7 @@ class Config(Command):
     "Steps that count, after one that does not; figures are their medians."
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq_len", "lora_rank", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("batch", "seq_len", "lora_rank", "repeats")
 
 
 def run(config: Config) -> dict[str, Any]:
