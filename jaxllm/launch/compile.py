@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
 
     from jaxllm import LLM
     from jaxllm.checkpoints.writer import whole_folder
-    from jaxllm.serving.executables import MANIFEST, write_manifest
+    from jaxllm.serving.bundle import MANIFEST, write_manifest
 
     out = Path(config.out)
     if out.exists() and not (config.overwrite and (out / MANIFEST).is_file()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
+from jaxllm.logs import log_to_stderr
 
 SHORT = {"-i": "--input-file", "-o": "--output-file"}
 
@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
         from jaxllm.server.service import Service
     except ImportError as error:
         raise ConfigError(f'run-batch needs {error.name}: pip install "jaxllm[serve]"') from error
-    logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr("WARNING")
     read_done(output, source)  # what is wrong there is said before the model is loaded
     from jaxllm import AsyncLLM
     from jaxllm.serving.progress import ProgressLine
@@ -91,7 +91,7 @@ def run(config: Config) -> dict[str, Any]:
     try:
         service = Service(llm, ServerConfig(max_pending=1 << 30, **{name: getattr(config, name) for name in _SERVER}))
         # Twice as many as run, so that none waits for a tokenizer.
-        at_once = 2 * llm.engine.limits.max_num_seqs
+        at_once = 2 * llm.facts.max_num_seqs
         counts = asyncio.run(run_batch(service, source, output, at_once=at_once, progress=lambda done: progress(done, total)))
     finally:
         llm.shutdown()

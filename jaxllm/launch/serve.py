@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from jaxllm.errors import ConfigError
 from jaxllm.launch.command import Command
+from jaxllm.logs import log_to_stderr
 from jaxllm.server.config import ServerConfig
 
 
@@ -56,6 +56,8 @@ class Config(ServerConfig, Command):
     "The most likely tokens that a request may ask the log-probabilities of; by default 20."
     bundle: str | None = None
     "Load the programs that `jaxllm compile` has written to this folder, with its settings, instead of compiling."
+    engine_process: bool = True
+    "Run the engine in a process of its own, which is started again if it dies; false: in a thread of the server's."
     record: str | None = None
     "Write all that the scheduler is told and plans to this file, for `jaxllm simulate --replay`."
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -69,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f'serve needs {error.name}: pip install "jaxllm[serve]"') from error
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(config.log_level.upper())
     from jaxllm.server.keys import read_keys
     from jaxllm.server.run import address, listen, run_server
 

@@ -10,7 +10,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
-from jaxllm.serving.engine import Engine
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # s; vLLM's, as are the others
@@ -50,8 +49,8 @@ class Metrics:
         self.request_generation = histogram("request_generation_tokens", "Tokens generated for a prompt.", _STEP)
         self.request_n = histogram("request_params_n", "The parameter n.", (1, 2, 5, 10, 20))
         self.iteration = histogram("iteration_tokens_total", "Tokens in a step of the engine.", _STEP)
-        self.registry.register(_EngineCollector(llm.engine, model_name))
-        llm.engine.on_step = self.iteration.observe
+        self.registry.register(_EngineCollector(llm, model_name))
+        llm.on_step = self.iteration.observe
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -113,26 +112,27 @@ class Watch:
 class _EngineCollector:
     """What the engine has at the moment of the asking; counts of other threads may be a step old."""
 
-    def __init__(self, engine: Engine, model_name: str):
-        self._engine, self._model_name = engine, model_name
+    def __init__(self, llm: AsyncLLM, model_name: str):
+        self._llm, self._model_name = llm, model_name
 
     def collect(self) -> Iterator[Metric]:
-        scheduler, pool, compiled = self._engine.scheduler, self._engine.pool, self._engine.runner.stats
+        now = self._llm.figures
         gauges = {
-            "num_requests_running": ("Sequences that run.", len(scheduler.running)),
-            "num_requests_waiting": ("Sequences that wait for a place or pages.", len(scheduler.waiting)),
-            "kv_cache_usage_perc": ("Share of the KV cache's pages in use; 1 is all.", 1 - pool.num_free / pool.capacity),
+            "num_requests_running": ("Sequences that run.", now.running),
+            "num_requests_waiting": ("Sequences that wait for a place or pages.", now.waiting),
+            "kv_cache_usage_perc": ("Share of the KV cache's pages in use; 1 is all.", 1 - now.free_pages / now.pages),
         }
         counters = {
-            "num_preemptions": ("Sequences that gave up their pages and waited to be computed again.", scheduler.num_preemptions),
-            "engine_steps": ("Steps of the engine.", self._engine.stats.steps),
-            "engine_host_seconds": ("What the host took for them, apart from waiting for the device.", self._engine.stats.host_s),
-            "compiles_after_warmup": ("Programs compiled while requests waited: each is a bug.", compiled.compiles_after_warmup),
+            "num_preemptions": ("Sequences that gave up their pages and waited to be computed again.", now.preemptions),
+            "engine_steps": ("Steps of the engine.", now.steps),
+            "engine_host_seconds": ("What the host took for them, apart from waiting for the device.", now.host_s),
+            "compiles_after_warmup": ("Programs compiled while requests waited: each is a bug.", now.compiles_after_warmup),
+            "engine_restarts": ("Times the engine died and was started again.", self._llm.restarts),
         }
-        if (host := self._engine.runner.host_pages) is not None:
-            gauges["host_kv_cache_usage_perc"] = ("Share of host memory's pages that hold any; 1 is all.", len(pool.host) / pool.host_pages)
-            counters["kv_pages_swapped_out"] = ("Pages copied to host memory.", host.stats.saved)
-            counters["kv_pages_swapped_in"] = ("Pages copied back, in place of being computed again.", host.stats.fetched)
+        if (host := now.host_tier) is not None:
+            gauges["host_kv_cache_usage_perc"] = ("Share of host memory's pages that hold any; 1 is all.", host.used / host.pages)
+            counters["kv_pages_swapped_out"] = ("Pages copied to host memory.", host.saved)
+            counters["kv_pages_swapped_in"] = ("Pages copied back, in place of being computed again.", host.fetched)
         for family, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (doc, value) in values.items():
                 metric = family(f"jaxllm:{name}", doc, labels=["model_name"])

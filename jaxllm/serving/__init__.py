@@ -1,25 +1,16 @@
 """Serving: requests, the scheduler, the page pool, the jitted step, and the Python API."""
 
-from jaxllm.serving.async_llm import AsyncLLM, EngineDeadError
-from jaxllm.serving.beam import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
-from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.engine import Engine
-from jaxllm.serving.llm import LLM
-from jaxllm.serving.pooling import EmbeddingOutput, EmbeddingRequestOutput
-from jaxllm.serving.request import CompletionOutput, RequestOutput, SamplingParams
+from jaxllm.lazy import lazy
 
-__all__ = [
-    "LLM",
-    "AsyncLLM",
-    "BeamSearchOutput",
-    "BeamSearchParams",
-    "BeamSearchSequence",
-    "CompletionOutput",
-    "EmbeddingOutput",
-    "EmbeddingRequestOutput",
-    "Engine",
-    "EngineConfig",
-    "EngineDeadError",
-    "RequestOutput",
-    "SamplingParams",
-]
+__all__, __getattr__ = lazy(
+    __name__,
+    async_llm=("AsyncLLM",),
+    beam=("BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence"),
+    config=("EngineConfig",),
+    engine=("Engine",),
+    llm=("LLM",),
+    news=("EngineDeadError",),
+    pooling=("EmbeddingOutput", "EmbeddingRequestOutput"),
+    request=("CompletionOutput", "RequestOutput"),
+    sampling_params=("SamplingParams",),
+)

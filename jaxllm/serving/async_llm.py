@@ -1,4 +1,4 @@
-"""The asynchronous Python API: many requests from asyncio, one engine in one thread."""
+"""The asynchronous Python API: many requests from asyncio, one engine in a thread or a process of its own."""
 
 import asyncio
 import contextlib
@@ -6,28 +6,28 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import from_dict
-from jaxllm.errors import ConfigError, JaxLLMError
+from jaxllm.errors import ConfigError
+from jaxllm.serving.bundle import bundle_settings
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.engine import Engine, get_tokenizer
-from jaxllm.serving.executables import bundle_settings
-from jaxllm.serving.logits import LogitsProcessor
-from jaxllm.serving.prompt import Prompt, read_labels, read_prompt
-from jaxllm.serving.request import RequestOutput, SamplingParams
-from jaxllm.serving.structured import Matcher
+from jaxllm.serving.find_tokenizer import read_tokenizer
+from jaxllm.serving.news import EngineDeadError, EngineFacts, EngineFigures, Listener, News
+from jaxllm.serving.prompt import Prompt, need_tokenizer, read_labels, read_prompt
+from jaxllm.serving.request import RequestOutput
+from jaxllm.serving.sampling_params import SamplingParams
 from jaxllm.tokenizers import Tokenizer
 
-
-class EngineDeadError(JaxLLMError, RuntimeError):
-    """The engine's thread has ended, by `shutdown` or by an error, which is this one's cause; no request can be served."""
+if TYPE_CHECKING:
+    from jaxllm.serving.engine import Engine
+    from jaxllm.serving.logits import LogitsProcessor
 
 
 class _Stream:
-    """The newest output of one request, on its way from the engine's thread to its event loop.
+    """The newest output of one request, on its way from the thread that has the engine's news to its event loop.
 
     Outputs hold all there is so far, so a slow reader finds the newest and misses nothing, and nothing piles up for it.
     """
@@ -47,7 +47,8 @@ class AsyncLLM:
             print(output.outputs[0].text)
 
     Takes what `LLM` takes as keywords, and `max_pending`: how many requests may be unfinished at a time; further
-    callers of `generate` wait their turn (None: no limit).
+    callers of `generate` wait their turn (None: no limit). `engine_process`: the engine runs in a process of its own, which is
+    started again when it dies (`EngineProcess`), in place of a thread of this one.
     """
 
     def __init__(
@@ -55,46 +56,63 @@ class AsyncLLM:
         model: str | os.PathLike,
         *,
         max_pending: int | None = None,
-        logits_processors: Mapping[str, LogitsProcessor] | None = None,
+        logits_processors: "Mapping[str, LogitsProcessor] | None" = None,
+        engine_process: bool = False,
         **options: Any,
     ):
         if max_pending is not None and (isinstance(max_pending, bool) or not isinstance(max_pending, int) or max_pending < 1):
             raise ConfigError(f"max_pending must be a whole number of at least 1, or None, not {max_pending!r}")
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = from_dict(EngineConfig, {"model": model, **bundle_settings(options), **options}, where="AsyncLLM(...)")
-        self.engine = Engine(self.config, logits_processors)
         self._max_pending, self._pending = max_pending, 0
         self._queue: deque[Future] = deque()  # callers that wait for a place
         self._numbers = itertools.count()
-        self._streams: dict[str, _Stream] = {}  # of the engine's thread alone
-        self._inbox: deque[tuple[Future, Callable[[], None]]] = deque()
-        self._stopping = False
-        self._wake = threading.Condition()
+        self._streams: dict[int, _Stream] = {}
+        self._lock = threading.Lock()  # of all these
         self._dead: EngineDeadError | None = None
-        self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
-        self._thread.start()
+        self.restarts = 0  # of an engine that died
+        self.on_step: Callable[[int], None] | None = None  # is told how many tokens each step has, on a thread of the engine's
+        listener = Listener(self._deliver, self._end, self._begin)
+        if engine_process:
+            if logits_processors:
+                raise ConfigError("logits_processors are functions of this process: leave engine_process out")
+            from jaxllm.serving.engine_process import EngineProcess
+
+            self.backend = EngineProcess(self.config, listener)
+            self._tokenizer = read_tokenizer(self.config)
+        else:
+            from jaxllm.serving.engine_thread import EngineThread
+
+            self.backend = EngineThread(self.config, listener, logits_processors)
+            self._tokenizer = self.backend.engine.tokenizer
+
+    @property
+    def engine(self) -> "Engine":
+        """Where it is a thread of this process; its thread alone may do more than look. Raises ConfigError where it is not."""
+        if not hasattr(self.backend, "engine"):
+            raise ConfigError("this engine is in another process: use `ask`, or engine_process=False")
+        return self.backend.engine
 
     @property
     def dead(self) -> EngineDeadError | None:
         """Why no request can be served, if none can."""
         return self._dead
 
+    @property
+    def facts(self) -> EngineFacts:
+        return self.backend.facts
+
+    @property
+    def figures(self) -> EngineFigures:
+        """Of this moment, or of the last step of an engine in another process."""
+        return self.backend.figures
+
     def get_tokenizer(self) -> Tokenizer:
-        return get_tokenizer(self.engine)
+        return need_tokenizer(self._tokenizer)
 
     @property
     def chat_template(self) -> str | None:
-        return None if self.engine.tokenizer is None else self.engine.tokenizer.chat_template
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus answer, in tokens."""
-        return self.engine.limits.max_model_len
-
-    @property
-    def embedding_dim(self) -> int:
-        """Length of a pooled prompt's vector."""
-        return self.engine.runner.model.config.embedding_dim
+        return None if self._tokenizer is None else self._tokenizer.chat_template
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
@@ -105,16 +123,15 @@ class AsyncLLM:
         EngineDeadError.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
-        text, ids = read_prompt(prompt, params, self.engine)
-        labels = read_labels(prompt)
-        matcher = None if params.structured_outputs is None else await asyncio.to_thread(self.engine.matcher, params)
-        request_id = f"async-{next(self._numbers)}" if request_id is None else request_id
+        text, ids = read_prompt(prompt, params, self._tokenizer)
+        labels, number = read_labels(prompt), next(self._numbers)
+        request_id = f"async-{number}" if request_id is None else request_id
         await self._take_place()
-        stream = _Stream()
+        stream, output = _Stream(), None
         try:
-            added = self._post(lambda: self._add(request_id, ids, params, text, labels, matcher, stream))
-            await asyncio.wrap_future(added)
-            output = None
+            with self._lock:
+                self._streams[number] = stream
+            await asyncio.wrap_future(self.backend.add(number, request_id, ids, params, text, labels))
             while output is None or not output.finished:
                 await stream.ready.wait()
                 stream.ready.clear()
@@ -124,28 +141,31 @@ class AsyncLLM:
                     output = stream.output
                     yield output
         finally:
-            self._post(lambda: self._abort(request_id, stream))
+            with self._lock:
+                self._streams.pop(number, None)
+            if output is None or not output.finished:
+                self.backend.abort(number)
             self._give_place()
 
-    async def ask[Answer](self, question: Callable[[Engine], Answer]) -> Answer:
-        """What `question` returns of the engine, on the engine's thread between two steps. Raises EngineDeadError."""
-        answers: list[Answer] = []
-        await asyncio.wrap_future(self._post(lambda: answers.append(question(self.engine))))
-        return answers[0]
+    async def ask[Answer](self, question: "Callable[[Engine], Answer]") -> Answer:
+        """What `question` returns of the engine, on the engine's thread between two steps. Raises EngineDeadError.
+
+        An engine in another process takes only functions that can be imported there.
+        """
+        return await asyncio.wrap_future(self.backend.ask(question))
 
     async def reset_prefix_cache(self) -> None:
         """Forgets all that earlier requests left in the KV cache. Raises EngineDeadError."""
-        await asyncio.wrap_future(self._post(self.engine.reset_prefix_cache))
+        await self.ask(_reset_prefix_cache)
 
     def shutdown(self) -> None:
-        """Stops the engine's thread; requests that are not finished get EngineDeadError. Calling it again does nothing."""
-        self._post(self._stop)
-        self._thread.join()
+        """Stops the engine; requests that are not finished get EngineDeadError. Calling it again does nothing."""
+        self.backend.stop()
 
     # Places: at most `max_pending` requests are unfinished at a time, first come, first served.
 
     async def _take_place(self) -> None:
-        with self._wake:
+        with self._lock:
             if self._max_pending is None or self._pending < self._max_pending:
                 self._pending += 1
                 return
@@ -159,7 +179,7 @@ class AsyncLLM:
             raise
 
     def _give_place(self) -> None:
-        with self._wake:
+        with self._lock:
             while self._queue:
                 turn = self._queue.popleft()
                 if turn.set_running_or_notify_cancel():
@@ -167,88 +187,42 @@ class AsyncLLM:
                     return
             self._pending -= 1
 
-    # The engine's thread: it alone touches the engine.
+    # What the engine tells, on a thread of its own.
 
-    def _post(self, action: Callable[[], None]) -> Future:
-        """Has the engine's thread do something between two steps; the future has what it raised, if it did."""
-        done: Future = Future()
-        with self._wake:
-            if self._dead is not None:
-                done.set_exception(self._dead)
-            else:
-                self._inbox.append((done, action))
-                self._wake.notify()
-        return done
-
-    def _add(self, request_id: str, ids, params, text: str | None, labels: dict[str, str], matcher: Matcher | None, stream: _Stream):
-        self.engine.add_request(ids, params, prompt=text, request_id=request_id, matcher=matcher, **labels)
-        self._streams[request_id] = stream
-
-    def _abort(self, request_id: str, stream: _Stream) -> None:
-        if self._streams.get(request_id) is stream:  # not another request that took the id when this one was refused
-            del self._streams[request_id]
-            self.engine.abort(request_id)
-
-    def _stop(self) -> None:
-        self._stopping = True
-
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._wake:
-                    while not self._inbox and not self.engine.has_work:
-                        self._wake.wait()
-                while self._inbox:
-                    self._act(*self._inbox.popleft())
-                if self._stopping:
-                    return self._die(None)
-                if self.engine.has_work:
-                    self._deliver(self.engine.step())
-        except BaseException as error:
-            self._die(error)
-
-    def _act(self, done: Future, action: Callable[[], None]) -> None:
-        if not done.set_running_or_notify_cancel():
-            return  # whoever asked was cancelled before its turn came
-        try:
-            action()
-        except BaseException as error:
-            done.set_exception(error)
-            if not isinstance(error, JaxLLMError):  # a bad request is its sender's alone
-                raise
-        else:
-            done.set_result(None)
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
+    def _deliver(self, news: News) -> None:
         """Hands outputs to their event loops, waking each loop once."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream.output = output
-                by_loop.setdefault(stream.loop, []).append(stream)
-                if output.finished:
-                    del self._streams[output.request_id]
-        _wake(by_loop)
+        woken = []
+        with self._lock:
+            for number, output in news.outputs:
+                stream = self._streams.get(number)
+                if stream is not None:
+                    stream.output = output
+                    woken.append(stream)
+        _wake(woken)
+        if self.on_step is not None:
+            for tokens in news.step_tokens:
+                self.on_step(tokens)
 
-    def _die(self, cause: BaseException | None) -> None:
-        error = EngineDeadError("the engine was shut down" if cause is None else f"the engine's thread ended: {cause!r}")
-        error.__cause__ = cause
-        with self._wake:
-            self._dead, actions, self._inbox = error, self._inbox, deque()
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
-        for stream in self._streams.values():
+    def _end(self, error: EngineDeadError) -> None:
+        with self._lock:
+            self._dead, streams, self._streams = error, self._streams, {}
+        for stream in streams.values():
             stream.error = error
-            by_loop.setdefault(stream.loop, []).append(stream)
-        self._streams.clear()
-        _wake(by_loop)
-        for done, _ in actions:
-            if done.set_running_or_notify_cancel():
-                done.set_exception(error)
-        self.engine.close()  # when everyone has been told: it may fail on a broken device
+        _wake(streams.values())
+
+    def _begin(self, facts: EngineFacts, figures: EngineFigures) -> None:
+        self._dead = None
+        self.restarts += 1
 
 
-def _wake(by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]]) -> None:
+def _reset_prefix_cache(engine: "Engine") -> None:
+    engine.reset_prefix_cache()
+
+
+def _wake(streams: Iterable[_Stream]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
+    for stream in streams:
+        by_loop.setdefault(stream.loop, []).append(stream)
     for loop, streams in by_loop.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed: whoever read there has gone
             loop.call_soon_threadsafe(lambda streams=streams: [stream.ready.set() for stream in streams])

@@ -32,7 +32,6 @@ from jaxllm.serving.runner import Launched
 from jaxllm.serving.scheduler import Scheduler, StepPlan
 from jaxllm.serving.slot_state import check_slot, packed
 from jaxllm.serving.structured import Grammars, Matcher
-from jaxllm.tokenizers import Tokenizer
 
 
 @dataclass
@@ -90,6 +89,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._requests)
+
+    @property
+    def num_requests(self) -> int:
+        """That are not finished."""
+        return len(self._requests)
 
     def add_request(
         self,
@@ -394,8 +398,3 @@ def _derive_seed(seed: int, number: int) -> int:
     """A seed for a request that brought none: its own, and the same in every run with the same engine seed and order."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "big")
 
-
-def get_tokenizer(engine: Engine) -> Tokenizer:
-    if engine.tokenizer is None:
-        raise RequestError("this engine was made with skip_tokenizer_init: it has no tokenizer")
-    return engine.tokenizer

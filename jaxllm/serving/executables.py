@@ -7,13 +7,12 @@ warm start. Here a program is found by what it is made from: this package's sour
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import pickle
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from jaxllm.errors import ConfigError
+from jaxllm.serving.bundle import read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -122,47 +121,10 @@ def _machine() -> str:
     return next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
 
 
-# Bundles: the programs of one engine in a folder of their own, to be carried elsewhere, with a manifest that says what they are.
-
-MANIFEST = "manifest.json"
-_FORMAT = 1
-
-
 @dataclass(frozen=True)
 class _Bundle:
     folder: Path
     digests: dict[str, str]
-
-
-def write_manifest(folder: Path, cache: ExecutableCache, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes a bundle of the folder that the cache has written its programs to. Returns the manifest."""
-    programs = {}
-    for file, name in sorted(cache.names.items(), key=lambda item: item[1]):
-        data = (folder / file).read_bytes()
-        programs[file] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = {"format": _FORMAT, "made_from": cache.made_from, "settings": settings, "programs": programs}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    return manifest
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ConfigError if there is no bundle, or one of another format."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, parts = manifest["format"], (manifest["made_from"], manifest["settings"], manifest["programs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder} is not a bundle as `jaxllm compile` writes it: {error!r}") from error
-    if version != _FORMAT:
-        raise ConfigError(f"{folder} is a bundle of format {version}, and this version reads {_FORMAT}: compile it anew")
-    if not all(isinstance(part, dict) for part in parts):
-        raise ConfigError(f"{folder / MANIFEST} is damaged: made_from, settings and programs must be mappings")
-    return manifest
-
-
-def bundle_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The engine's settings that the bundle among these options, if there is one, was made with."""
-    bundle = options.get("bundle")
-    return dict(read_manifest(Path(bundle))["settings"]) if isinstance(bundle, str) and bundle else {}
 
 
 def _open_bundle(folder: Path, made_from: dict[str, str]) -> _Bundle | None:

@@ -6,13 +6,13 @@ from typing import Any
 
 from jaxllm.errors import RequestError
 from jaxllm.serving.beam import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+from jaxllm.serving.bundle import bundle_settings
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.engine import Engine, get_tokenizer
-from jaxllm.serving.executables import bundle_settings
+from jaxllm.serving.engine import Engine
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.pooling import EmbeddingRequestOutput, as_embedding, embedding_params
 from jaxllm.serving.progress import ProgressLine
-from jaxllm.serving.prompt import Prompt, read_labels, read_prompt
+from jaxllm.serving.prompt import Prompt, need_tokenizer, read_labels, read_prompt
 from jaxllm.serving.request import RequestOutput, SamplingParams
 from jaxllm.tokenizers import Tokenizer
 
@@ -44,7 +44,7 @@ class LLM:
         return {"load_s": self.engine.load_s, "compile_s": self.engine.runner.stats.compile_s}
 
     def get_tokenizer(self) -> Tokenizer:
-        return get_tokenizer(self.engine)
+        return need_tokenizer(self.engine.tokenizer)
 
     def generate(
         self,
@@ -159,7 +159,7 @@ class LLM:
         self._news.pop(request_id, None)
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
-        text, ids = read_prompt(prompt, params, self.engine)
+        text, ids = read_prompt(prompt, params, self.engine.tokenizer)
         request_id = self.engine.add_request(ids, params, prompt=text, **read_labels(prompt))
         self._news[request_id] = None
         return request_id

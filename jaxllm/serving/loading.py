@@ -18,12 +18,13 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
 from jaxllm.serving.config import EngineConfig
+from jaxllm.serving.find_tokenizer import read_tokenizer
 from jaxllm.serving.kv_cache import cache_dtype, num_cache_heads, page_bytes
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.runner import Runner
 from jaxllm.serving.scheduler import SchedulerConfig
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
-from jaxllm.tokenizers import Tokenizer, load_tokenizer
+from jaxllm.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     model_config = config_from_hf(source.config)
     rules = fit_to_model(ShardingRules(), model_config, mesh)
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(lambda: None if config.skip_tokenizer_init else _tokenizer(config, path))  # while weights are read
+        loading = pool.submit(read_tokenizer, config)  # while weights are read
         # What is wrong with the tokenizer is raised at the next tensor, not when all have been read.
         check = lambda _: loading.done() and loading.result()
         model = load_model(source, dtype=dtype, mesh=mesh, rules=rules, scan_layers=scan, progress=check)
@@ -119,19 +120,6 @@ def _programs_dir(folder: str | None) -> Path | None:
     if folder == "" or jax.config.jax_compilation_cache_dir:
         return None
     return Path(folder) if folder else cache_dir() / "programs"
-
-
-def _tokenizer(config: EngineConfig, path: Path) -> Tokenizer:
-    return load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _tokenizer_path(path))
-
-
-def _tokenizer_path(path: Path) -> Path:
-    """A folder whose only checkpoint is one GGUF file keeps its tokenizer in it."""
-    if path.is_dir() and not (path / "tokenizer.json").exists() and not (path / "tokenizer.model").exists():
-        ggufs = list(path.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return ggufs[0]
-    return path
 
 
 def _dtype(asked: str, hf: dict, on_cpu: bool):

@@ -7,15 +7,17 @@ blocks of a step, as prompt log-probabilities are computed, so that prompts may 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxllm.errors import RequestError
-from jaxllm.serving.programs import PROMPT_BLOCK
 from jaxllm.serving.request import Completion, Request, RequestOutput, SamplingParams
-from jaxllm.serving.scheduler import StepPlan
 
+if TYPE_CHECKING:
+    from jaxllm.serving.scheduler import StepPlan
+
+PROMPT_BLOCK = 64  # rows of a step that are read beside what is drawn, at a time
 POOLINGS = ("last", "mean")
 
 

@@ -27,6 +27,7 @@ from jaxllm.serving.batch import BatchLayout, Bucket, step_layout
 from jaxllm.serving.executables import ExecutableCache
 from jaxllm.serving.logits import LogitsProcessor, process_logits
 from jaxllm.serving.logprobs import TokenLogprobs, no_logprobs, token_logprobs
+from jaxllm.serving.pooling import PROMPT_BLOCK
 from jaxllm.serving.sampling import SamplingArrays, sample
 from jaxllm.serving.slot_state import LOGPROBS, SlotState
 from jaxllm.sharding import ShardingRules
@@ -34,7 +35,6 @@ from jaxllm.sharding import ShardingRules
 _ATTEND = ("page_table", "kv_lens", "query_starts", "counts")
 _HEAD = tuple(sorted({*SamplingArrays._fields, "slots", "num_prompt", "features", "processor", "presence", "frequency", "repetition"}))
 NO_TOKEN = -1  # is drawn where the logits have a NaN or +inf, or nothing but -inf
-PROMPT_BLOCK = 64  # rows whose prompt logprobs are computed at a time
 
 
 @dataclass

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.errors import RequestError
-from jaxllm.serving.engine import Engine, get_tokenizer
-from jaxllm.serving.request import SamplingParams
+from jaxllm.serving.sampling_params import SamplingParams
+from jaxllm.tokenizers import Tokenizer
 
 Prompt = str | dict[str, Any]
 _LABELS = ("cache_salt", "tenant", "pooling")
@@ -22,7 +22,7 @@ def read_labels(prompt: Prompt) -> dict[str, str]:
     return labels
 
 
-def read_prompt(prompt: Prompt, params: SamplingParams, engine: Engine) -> tuple[str | None, Sequence[int]]:
+def read_prompt(prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[str | None, Sequence[int]]:
     """Text and token ids of a prompt: a string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`. Raises RequestError.
 
     A dict may have a `cache_salt`, a `tenant` and a `pooling` too, which `read_labels` reads.
@@ -37,7 +37,14 @@ def read_prompt(prompt: Prompt, params: SamplingParams, engine: Engine) -> tuple
     if text is not None and not isinstance(text, str):
         raise RequestError(f"the text of a prompt must be a string, not {type(text).__name__}")
     if ids is None:
-        return text, get_tokenizer(engine).encode(text)
+        return text, need_tokenizer(tokenizer).encode(text)
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
         raise RequestError(f"prompt_token_ids must be a list of token ids, not {type(ids).__name__}")
     return text, ids
+
+
+def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """Raises RequestError if an engine has none."""
+    if tokenizer is None:
+        raise RequestError("this engine was made with skip_tokenizer_init: it has no tokenizer")
+    return tokenizer

@@ -21,8 +21,8 @@ from jaxllm.serving.host_pages import HostPages
 from jaxllm.serving.kv_cache import make_kv_pages
 from jaxllm.serving.logits import LogitsProcessor, check_processors
 from jaxllm.serving.logprobs import TokenLogprobs
-from jaxllm.serving.pooling import PoolRows, pool_rows
-from jaxllm.serving.programs import PROMPT_BLOCK, DeviceState, LayerByLayer, WholeStep
+from jaxllm.serving.pooling import PROMPT_BLOCK, PoolRows, pool_rows
+from jaxllm.serving.programs import DeviceState, LayerByLayer, WholeStep
 from jaxllm.serving.request import Completion
 from jaxllm.serving.scheduler import ScheduledSequence, SchedulerConfig, StepPlan
 from jaxllm.serving.slot_state import MaskWriter, SlotWriter, features, make_slots, needs_slot

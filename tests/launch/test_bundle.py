@@ -11,7 +11,8 @@ from tiny_models import write_llama
 from jaxllm import LLM, SamplingParams
 from jaxllm.errors import ConfigError
 from jaxllm.launch.__main__ import main
-from jaxllm.serving.executables import MANIFEST, ExecutableCache
+from jaxllm.serving.bundle import MANIFEST
+from jaxllm.serving.executables import ExecutableCache
 
 CASE = "llama_gqa"
 FLAGS = ["--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--max-model-len", "96", "--num-pages", "40", "--dtype", "float32"]

@@ -1,6 +1,7 @@
 """A tiny model behind real servers on loopback."""
 
 import asyncio
+import os
 
 import openai
 import pytest
@@ -19,7 +20,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llm(folder):
-    engine = AsyncLLM(folder, dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=2000, page_size=4)
+    there = bool(os.environ.get("JAXLLM_TEST_ENGINE_PROCESS"))  # all these tests hold for an engine in another process too
+    options = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=2000, page_size=4)
+    engine = AsyncLLM(folder, engine_process=there, **options)
     yield engine
     engine.shutdown()
 

@@ -1,10 +1,12 @@
 """What the server's tests share: real servers on loopback, in a thread."""
 
+import asyncio
 import contextlib
 import threading
 
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.run import address, listen, make_server
+from jaxllm.serving.news import figures_of
 
 CHATML = (
     "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + ' Call: <tool_call>...</tool_call><|im_end|>\n' }}{% endif %}"
@@ -34,6 +36,6 @@ def serving(llm, **settings):
 
 def settled(llm):
     """Until the engine has nothing to do; and then nothing is left of what it did."""
-    while llm.engine.has_work or llm._inbox or llm._pending:
+    while (now := asyncio.run(llm.ask(figures_of))).requests or llm._pending:
         threading.Event().wait(0.01)
-    assert llm.engine.pool.num_free == llm.engine.pool.capacity and not llm._streams
+    assert now.free_pages == now.pages and not llm._streams

@@ -71,4 +71,4 @@ def test_too_long_and_unknown_tokens(client):
 
 def test_nothing_was_compiled(client, llm):
     client.embeddings.create(model="tiny", input=["a b c " * n for n in (1, 30, 100)], extra_body={"pooling": "mean"})
-    assert llm.engine.runner.stats.compiles_after_warmup == 0
+    assert llm.figures.compiles_after_warmup == 0

@@ -208,13 +208,13 @@ def test_a_client_that_leaves_ends_its_request(server, llm):
         await asyncio.gather(task, return_exceptions=True)
 
     async def run():
-        steps = llm.engine.stats.steps
+        steps = llm.figures.steps
         await asyncio.gather(*(streams() for _ in range(3)), *(waits() for _ in range(3)), *(waits(stream=True) for _ in range(3)))
         return steps
 
     before = asyncio.run(run())
     settled(llm)
-    assert llm.engine.stats.steps - before < 9 * 100 / 4, "they would have taken that many steps to the end"
+    assert llm.figures.steps - before < 9 * 100 / 4, "they would have taken that many steps to the end"
 
 
 def test_many_clients_at_once_get_their_own_answers(server, client, llm):
@@ -233,4 +233,4 @@ def test_many_clients_at_once_get_their_own_answers(server, client, llm):
 
     assert asyncio.run(run()) == alone
     settled(llm)
-    assert llm.engine.runner.stats.compiles_after_warmup == 0
+    assert llm.figures.compiles_after_warmup == 0

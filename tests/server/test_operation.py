@@ -23,6 +23,7 @@ from jaxllm.server.config import ServerConfig
 from jaxllm.server.keys import Allowance, Client, KeySettings, current_client, read_keys
 from jaxllm.server.run import listen
 from jaxllm.server.service import Service
+from jaxllm.serving.news import figures_of
 
 LONG = {"prompt": "The quick", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
 
@@ -144,7 +145,7 @@ def test_who_leaves_early_pays_for_the_prompt(llm):
         client = Client("ann", KeySettings(key="a", tokens_per_minute=1000))
         current_client.set(client)
         answer = asyncio.ensure_future(anext(service.run([{"prompt_token_ids": [5] * 400}], SamplingParams(max_tokens=5))))
-        while not (llm.engine.has_work or answer.done()):
+        while not ((await llm.ask(figures_of)).requests or answer.done()):
             await asyncio.sleep(0)
         assert not answer.done()
         answer.cancel()

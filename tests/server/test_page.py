@@ -26,7 +26,7 @@ def test_the_page_is_one_file_that_names_no_other_host(server):
 
 def test_what_the_engine_does_now(server, llm):
     now = json.loads(urlopen(f"{server}/engine").read())
-    assert now["model"] == "tiny" and now["running"] == [] and now["pages_used"] == 0 and now["pages"] == llm.engine.pool.capacity + 1
+    assert now["model"] == "tiny" and now["running"] == [] and now["pages_used"] == 0 and now["pages"] == llm.figures.pages + 1
 
 
 @pytest.fixture

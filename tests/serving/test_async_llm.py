@@ -10,6 +10,7 @@ from golden_cases import MODELS, generated, golden
 from jaxllm import AsyncLLM, SamplingParams
 from jaxllm.errors import ConfigError, RequestError
 from jaxllm.serving import EngineDeadError
+from jaxllm.serving.news import figures_of
 
 CASE = "llama_gqa"
 OPTIONS = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=16, page_size=4, max_model_len=80, skip_tokenizer_init=True)
@@ -17,9 +18,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 PROMPTS = [{"prompt_token_ids": g["prompt"].tolist()} for g in golden(CASE)]
 
 
-@pytest.fixture(scope="module")
-def llm():
-    engine = AsyncLLM(MODELS / CASE, max_pending=8, **OPTIONS)
+@pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
+def llm(request):
+    engine = AsyncLLM(MODELS / CASE, max_pending=8, engine_process=request.param, **OPTIONS)
     yield engine
     engine.shutdown()
 
@@ -30,10 +31,10 @@ async def last(outputs):
 
 async def settled(llm):
     """Aborts reach the engine's thread a moment later."""
-    while llm.engine.has_work or llm._inbox:
+    while (await llm.ask(figures_of)).requests:
         await asyncio.sleep(0.01)
-    assert llm.engine.pool.num_free == llm.engine.pool.capacity
-    assert not llm._streams and llm._pending == 0
+    now = await llm.ask(figures_of)
+    assert now.free_pages == now.pages and not llm._streams and llm._pending == 0
 
 
 def test_the_same_tokens_as_alone_and_more_at_each_turn(llm):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxllm import LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from jaxllm.errors import RequestError
 from jaxllm.serving.beam import BeamSearch
+from jaxllm.serving.news import figures_of
 from jaxllm.serving.request import Logprob
 
 OPTIONS = dict(dtype="float32", max_num_seqs=6, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH, skip_tokenizer_init=True)
@@ -163,7 +164,7 @@ def test_leaving_in_the_middle():
             task.cancel()
         outputs = await stays
         assert len(outputs) == 1 and [o.token_ids for o in outputs[0].outputs] == BEAMS["llama_gqa"][2]["tokens"]
-        while llm.engine.has_work or llm._inbox:
+        while (await llm.ask(figures_of)).requests:
             await asyncio.sleep(0.01)
 
     try:

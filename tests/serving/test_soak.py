@@ -13,6 +13,7 @@ import pytest
 from tiny_models import write_llama
 
 from jaxllm import AsyncLLM, SamplingParams
+from jaxllm.serving.news import figures_of
 
 OPTIONS = dict(dtype="float32", max_num_seqs=8, max_num_batched_tokens=32, page_size=4, max_model_len=64, skip_tokenizer_init=True)
 LOOPS, TOGETHER = 4, 24  # event loops, and requests at a time in each
@@ -102,7 +103,7 @@ class Client:
 def settle(llm):
     """Aborts reach the engine's thread a moment later."""
     deadline = time.monotonic() + 30
-    while llm.engine.has_work or llm._inbox:
+    while asyncio.run(llm.ask(figures_of)).requests:
         assert time.monotonic() < deadline, "the engine is not done"
         time.sleep(0.01)
 

@@ -1,0 +1,230 @@
+"""An engine in a process of its own, which is started again when it dies.
+
+Clients, JSON and templates then never take the interpreter from the thread that drives the device; and what kills the engine (memory,
+a driver, a signal) leaves the server standing, which says so and recovers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jaxllm
+from jaxllm.serving.config import EngineConfig
+from jaxllm.serving.news import EngineDeadError, EngineFacts, EngineFigures, Listener, News
+from jaxllm.serving.sampling_params import SamplingParams
+from jaxllm.serving.wire import OutputReader
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 5  # starts, of an engine that dies each time within:
+_LIVED = 60.0  # s
+_PATIENCE = 30.0  # s that an engine has to end when it is told to
+
+
+class _Child:
+    """A process, and our end of the pipe to it."""
+
+    def __init__(self, config: EngineConfig):
+        ours, theirs = socket.socketpair()
+        paths = [str(Path(jaxllm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jaxllm.serving.engine_child", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            start_new_session=True,  # a terminal's Ctrl-C is for the server, which drains
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self.started = time.monotonic()
+        self._send_lock = threading.Lock()
+        self.send((config, logging.getLogger().getEffectiveLevel()))
+
+    def send(self, message: tuple) -> None:
+        """Raises OSError if it has died."""
+        with self._send_lock:
+            self.connection.send(message)
+
+    def ready(self) -> tuple[EngineFacts, EngineFigures]:
+        """Waits until it can serve. Raises what it could not be made for, or EngineDeadError."""
+        try:
+            what, *rest = self.connection.recv()
+        except (EOFError, OSError):
+            raise EngineDeadError(f"the engine's process ended while it started: {self.end()}") from None
+        except BaseException:  # Ctrl-C
+            self.process.kill()
+            raise
+        if what == "failed":
+            self.end()
+            raise rest[0]
+        return rest[0], rest[1]
+
+    def end(self) -> str:
+        """Waits for it to end, and says how it did."""
+        try:
+            status = self.process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self.connection.close()
+        return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+class EngineProcess:
+    """What `EngineThread` is, for an engine elsewhere."""
+
+    def __init__(self, config: EngineConfig, listener: Listener):
+        self._config, self._listener = config, listener
+        self._lock = threading.Lock()  # of what follows
+        self._replies: dict[int, Future] = {}
+        self._readers: dict[int, OutputReader] = {}
+        self._dead: EngineDeadError | None = None
+        self._tickets = itertools.count()
+        self._stopping = threading.Event()
+        self._child = _Child(config)
+        self.facts, self.figures = self._child.ready()
+        self._thread = threading.Thread(target=self._watch, name="jaxllm-engine-pipe", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._child.process.pid
+
+    def add(
+        self, number: int, request_id: str, ids: Sequence[int], params: SamplingParams, text: str | None, labels: Mapping[str, str]
+    ) -> Future:
+        """See `EngineThread.add`."""
+        reader = OutputReader(request_id, text, ids, rewrites=params.use_beam_search)
+        return self._request("add", number, request_id, ids, params, text, labels, first=lambda: self._readers.update({number: reader}))
+
+    def abort(self, number: int) -> None:
+        with self._lock:
+            self._readers.pop(number, None)
+            self._send("abort", number)
+
+    def ask(self, question: Callable[[Any], Any]) -> Future:
+        """See `EngineThread.ask`; question and answer travel by pickle, so that it must be a function of a module."""
+        return self._request("ask", question)
+
+    def stop(self) -> None:
+        """Ends the engine and waits for it. Calling it again does nothing."""
+        with self._lock:
+            self._stopping.set()
+            if self._dead is not None:  # it may be starting
+                self._child.process.kill()
+            self._send("stop")
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():  # it hangs
+            self._child.process.kill()
+            self._thread.join()
+
+    def _request(self, what: str, *rest: Any, first: Callable[[], None] = lambda: None) -> Future:
+        done: Future = Future()
+        with self._lock:
+            dead, ticket = self._dead, next(self._tickets)
+            if dead is None:
+                first()
+                self._replies[ticket] = done
+                try:
+                    self._send(what, ticket, *rest)
+                except BaseException:  # it does not pickle
+                    del self._replies[ticket]
+                    raise
+        if dead is not None:
+            done.set_exception(dead)
+        return done
+
+    def _send(self, *message: Any) -> None:
+        """If the engine has died, nobody gets it: `_watch` will say so."""
+        with contextlib.suppress(OSError):
+            self._child.send(message)
+
+    # The thread that listens.
+
+    def _watch(self) -> None:
+        tries = 0
+        while True:
+            why = self._listen()
+            if self._stopping.is_set():
+                return self._end("the engine was shut down")
+            if time.monotonic() - self._child.started > _LIVED:
+                tries = 0
+            while True:
+                if tries == _TRIES:
+                    return self._end(f"{why}; it did so {_TRIES} times in a row and is not started again: see the log, restart the server")
+                tries += 1
+                self._end(f"{why}; it is being started again (try {tries} of {_TRIES})")
+                if self._stopping.wait(2 ** (tries - 2) if tries > 1 else 0):
+                    return self._end("the engine was shut down")
+                if (why := self._start()) is None:
+                    break
+
+    def _start(self) -> str | None:
+        """A new engine in place of the dead one. Returns what went wrong, if it did."""
+        try:
+            self._child = _Child(self._config)
+            facts, figures = self._child.ready()
+        except Exception as error:
+            return str(error)
+        with self._lock:
+            self.facts, self.figures, self._dead = facts, figures, None
+        logger.warning("the engine runs again, %.1f s after it was started", time.monotonic() - self._child.started)
+        self._listener.begun(facts, figures)
+        return None
+
+    def _listen(self) -> str:
+        """Until the engine has ended. Returns why."""
+        self._last_words = None
+        try:
+            while True:
+                what, *rest = self._child.connection.recv()
+                getattr(self, f"_on_{what}")(*rest)
+        except (EOFError, OSError):
+            pass
+        how = self._child.end()
+        return self._last_words or f"the engine's process ended: {how}"
+
+    def _on_reply(self, ticket: int, error: BaseException | None, result: Any) -> None:
+        with self._lock:
+            done = self._replies.pop(ticket, None)
+        if done is not None and done.set_running_or_notify_cancel():
+            done.set_result(result) if error is None else done.set_exception(error)
+
+    def _on_news(self, told: list[tuple[int, Any]], step_tokens: list[int], figures: EngineFigures) -> None:
+        outputs = []
+        with self._lock:
+            self.figures = figures
+            for number, news in told:
+                if (reader := self._readers.get(number)) is not None:
+                    outputs.append((number, reader.output(news)))
+                    if news.finished:
+                        del self._readers[number]
+        self._listener.news(News(outputs, step_tokens, figures))
+
+    def _on_end(self, why: str) -> None:
+        self._last_words = why
+
+    def _end(self, why: str) -> None:
+        if not self._stopping.is_set():
+            logger.error("%s", why)
+        error = EngineDeadError(why)
+        with self._lock:
+            self._dead, replies, self._replies = error, self._replies, {}
+            self._readers.clear()
+        self._listener.end(error)
+        for done in replies.values():
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
