@@ -45,7 +45,7 @@ def as_api_error(error: BaseException) -> ApiError:
         name = re.match(r"\w*", str(error))[0]
         return ApiError(400, str(error), param=name if name in _PARAMETERS else None)
     if isinstance(error, EngineDeadError):
-        return ApiError(503, str(error), code="engine_dead")
+        return ApiError(503, str(error), code="engine_dead", retry_after=5)
     if isinstance(error, TimeoutError):
         return ApiError(504, "the request took longer than this server's request_timeout", code="timeout")
     logger.error("an unforeseen error: this is a bug in jaxllm, please report it", exc_info=error)

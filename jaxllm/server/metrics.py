@@ -15,6 +15,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # s; vLLM's, as are the others
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 _BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_DELIVERY = (0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5)
 _STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -40,6 +41,7 @@ class Metrics:
         self.per_token = histogram(
             "request_time_per_output_token_seconds", "A request's mean time for each token after the first.", _BETWEEN
         )
+        self.delivery = histogram("token_delivery_seconds", "From the engine's having a token to the server's having it.", _DELIVERY)
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LATENCY)
         self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _LATENCY)
         self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", _LATENCY)
@@ -73,6 +75,8 @@ class Watch:
         tokens = sum(len(each.token_ids) for each in output.outputs)
         new, times = tokens - self._tokens, output.metrics
         counted = max(0, new)  # beams may have fewer
+        if times.last_token_time is not None:
+            metrics.delivery.observe(now - times.last_token_time)
         metrics.generation_tokens.inc(counted)
         if self._tokens == 0 and tokens:
             counted += len(output.prompt_token_ids)

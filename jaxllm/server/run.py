@@ -14,6 +14,7 @@ import uvicorn
 from jaxllm.errors import ConfigError
 from jaxllm.server.app import make_app
 from jaxllm.server.config import ServerConfig
+from jaxllm.server.http import Http
 from jaxllm.server.service import Service
 from jaxllm.serving import AsyncLLM
 
@@ -90,6 +91,6 @@ def make_server(llm: AsyncLLM, config: ServerConfig) -> Server:
         ssl_certfile=config.tls_certificate,
         ssl_keyfile=config.tls_key,
         timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=1 << 16,
+        http=Http,
     )
     return Server(settings, app.state.server, config.drain_timeout)

@@ -289,6 +289,7 @@ class Engine:
         self.stats.tokens += 1
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = now
+        request.metrics.last_token_time = now
         if completion.index == 0 and len(completion.output_token_ids) == 1:  # the others are its forks
             request.num_cached_tokens = self.scheduler.num_cached_tokens(completion.number)
         if request.beams is not None:

@@ -50,7 +50,7 @@ class EngineChild:
             getattr(self, f"_{what}")(*rest)
 
     def _add(self, ticket: int, number: int, request_id: str, ids, params, text, labels) -> None:
-        self._writers[number] = OutputWriter(ids, rewrites=params.use_beam_search)
+        self._writers[number] = OutputWriter(ids)
         self._adding[number] = added = self._engine.add(number, request_id, ids, params, text, labels)
         added.add_done_callback(lambda done: self._adding.pop(number, None))
         self._reply_when_done(ticket, added)

@@ -107,7 +107,7 @@ class EngineProcess:
         self, number: int, request_id: str, ids: Sequence[int], params: SamplingParams, text: str | None, labels: Mapping[str, str]
     ) -> Future:
         """See `EngineThread.add`."""
-        reader = OutputReader(request_id, text, ids, rewrites=params.use_beam_search)
+        reader = OutputReader(request_id, text, ids)
         return self._request("add", number, request_id, ids, params, text, labels, first=lambda: self._readers.update({number: reader}))
 
     def abort(self, number: int) -> None:

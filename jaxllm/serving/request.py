@@ -33,6 +33,7 @@ class RequestMetrics:
     arrival_time: float
     scheduled_time: float | None = None  # when a step first had a part of it
     first_token_time: float | None = None
+    last_token_time: float | None = None  # of those so far
     finished_time: float | None = None
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,12 +11,10 @@ from jaxllm.serving.request import CompletionOutput, FinishReason, Logprob, Requ
 
 
 class CompletionNews(NamedTuple):
-    """Of one continuation: its text after the first `chars` characters, and its tokens after the first `tokens`."""
+    """Of one continuation, which only ever grows: what its text and its tokens have more than before."""
 
     index: int
-    chars: int
     text: str
-    tokens: int
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: FinishReason | None
@@ -36,10 +33,10 @@ class OutputNews(NamedTuple):
 
 
 class OutputWriter:
-    """Of one request, on the engine's side. `rewrites`: its continuations may lose what they had (beams), and are sent whole."""
+    """Of one request, on the engine's side."""
 
-    def __init__(self, prompt_token_ids: Sequence[int], rewrites: bool):
-        self._prompt, self._rewrites = prompt_token_ids, rewrites
+    def __init__(self, prompt_token_ids: Sequence[int]):
+        self._prompt: Sequence[int] | None = prompt_token_ids
         self._sent: dict[int, tuple[int, int, bool]] = {}  # characters, tokens, whether its end was told
 
     def news(self, output: RequestOutput) -> OutputNews:
@@ -54,40 +51,43 @@ class OutputWriter:
         now, before = (len(each.text), len(each.token_ids), each.finished), self._sent.get(each.index)
         if now == before:
             return None
-        if not self._rewrites:
-            self._sent[each.index] = now
+        self._sent[each.index] = now
         chars, tokens, _ = before or (0, 0, False)
         logprobs = None if each.logprobs is None else each.logprobs[tokens:]
         ends = (each.finish_reason, each.stop_reason, each.cumulative_logprob)
-        return CompletionNews(each.index, chars, each.text[chars:], tokens, each.token_ids[tokens:], logprobs, *ends)
+        return CompletionNews(each.index, each.text[chars:], each.token_ids[tokens:], logprobs, *ends)
 
 
 class OutputReader:
     """Of one request, on the side of who asked: puts together again what `OutputWriter` took apart."""
 
-    def __init__(self, request_id: str, prompt: str | None, prompt_token_ids: Sequence[int], rewrites: bool):
-        self._newest = RequestOutput(request_id, prompt, list(prompt_token_ids), [], RequestMetrics(0.0))
-        self._rewrites = rewrites
+    def __init__(self, request_id: str, prompt: str | None, prompt_token_ids: Sequence[int]):
+        self._prompt = (request_id, prompt)
+        self._prompt_token_ids, self._prompt_logprobs = list(prompt_token_ids), None
+        self._outputs: dict[int, CompletionOutput] = {}
 
     def output(self, news: OutputNews) -> RequestOutput:
         """All there is so far; it stays as it is when more comes."""
-        outputs = {} if self._rewrites else {each.index: each for each in self._newest.outputs}
         for each in news.outputs:
-            outputs[each.index] = _joined(outputs.get(each.index), each)
-        changes: dict[str, Any] = news._asdict() | {"outputs": [outputs[i] for i in sorted(outputs)]}
-        told_once = {name for name in ("prompt_token_ids", "prompt_logprobs") if changes[name] is None}
-        self._newest = replace(self._newest, **{name: value for name, value in changes.items() if name not in told_once})
-        return self._newest
+            self._outputs[each.index] = _joined(self._outputs.get(each.index), each)
+        if news.prompt_token_ids is not None:
+            self._prompt_token_ids = news.prompt_token_ids
+        if news.prompt_logprobs is not None:
+            self._prompt_logprobs = news.prompt_logprobs
+        return RequestOutput(
+            *self._prompt,
+            self._prompt_token_ids,
+            [self._outputs[i] for i in sorted(self._outputs)],
+            news.metrics,
+            news.finished,
+            news.num_cached_tokens,
+            self._prompt_logprobs,
+            news.embedding,
+        )
 
 
 def _joined(before: CompletionOutput | None, news: CompletionNews) -> CompletionOutput:
-    text, tokens, logprobs = ("", [], None) if before is None else (before.text, before.token_ids, before.logprobs)
-    return CompletionOutput(
-        news.index,
-        text[: news.chars] + news.text,
-        tokens[: news.tokens] + news.token_ids,
-        news.finish_reason,
-        news.stop_reason,
-        news.cumulative_logprob,
-        None if news.logprobs is None else (logprobs or [])[: news.tokens] + news.logprobs,
-    )
+    text, tokens, logprobs = ("", [], []) if before is None else (before.text, before.token_ids, before.logprobs)
+    logprobs = None if news.logprobs is None else logprobs + news.logprobs
+    ends = (news.finish_reason, news.stop_reason, news.cumulative_logprob)
+    return CompletionOutput(news.index, text + news.text, tokens + news.token_ids, *ends, logprobs)

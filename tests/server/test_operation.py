@@ -1,21 +1,14 @@
 """What an operator relies on: keys, limits, draining, ids, errors that reach whom they concern."""
 
 import asyncio
-import http.client
-import json
 import logging
-import os
 import signal
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
 import pytest
-from servers import serving, settled
+from servers import call, serving, settled, start, until
 
 from jaxllm import AsyncLLM, SamplingParams
 from jaxllm.errors import ConfigError
@@ -26,17 +19,6 @@ from jaxllm.server.service import Service
 from jaxllm.serving.news import figures_of
 
 LONG = {"prompt": "The quick", "max_tokens": 100, "ignore_eos": True, "temperature": 0}
-
-
-def call(where, path, body=None, headers=None, method=None):
-    """Status, headers and JSON of one request."""
-    connection = http.client.HTTPConnection(urlsplit(where).netloc, timeout=60)
-    raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request(method or ("GET" if body is None else "POST"), path, raw, headers or {})
-    answer = connection.getresponse()
-    text = answer.read()
-    connection.close()
-    return answer.status, answer.headers, json.loads(text) if text else None
 
 
 def test_health_version_and_load(server):
@@ -255,27 +237,6 @@ def test_a_dead_engine_is_told_to_clients_and_on_health(folder):
         status, _, body = call(where, "/health")
         assert status == 503 and "device is gone" in body["error"]["message"]
         assert call(where, "/ready")[0] == 503 and call(where, "/version")[0] == 200
-
-
-def start(folder, *flags):
-    command = [sys.executable, "-m", "jaxllm.launch", "serve", "--model", str(folder), "--port", "0", *flags]
-    command += ["--max-model-len", "2000", "--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--dtype", "float32"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env={**os.environ})
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("ready after"):
-            threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-            return process, line.split()[-1].removesuffix("/v1"), lines
-    raise AssertionError("".join(lines))
-
-
-def until(condition):
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not come to pass within 30 s")
 
 
 def test_sigterm_lets_requests_finish_refuses_others_and_ends_what_is_too_slow(folder):
