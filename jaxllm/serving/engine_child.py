@@ -7,12 +7,13 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from jaxllm.errors import JaxLLMError
+from jaxllm.errors import ConfigError, JaxLLMError
 from jaxllm.logs import log_to_stderr
 from jaxllm.serving.engine_thread import EngineThread
 from jaxllm.serving.news import EngineDeadError, Listener, News
@@ -32,8 +33,9 @@ class EngineChild:
 
     def run(self) -> int:
         """Until it is told to stop, or the engine ends by itself. Returns the exit status."""
-        config, log_level = self._inbox.get()
+        config, log_level, paths = self._inbox.get()
         log_to_stderr(log_level)
+        sys.path.extend(path for path in paths if path not in sys.path)  # what `ask` is given is found here as it was there
         try:
             self._engine = EngineThread(config, Listener(self._news, self._end))
         except BaseException as error:
@@ -61,8 +63,13 @@ class EngineChild:
         self._engine.abort(number)
         self._writers.pop(number, None)
 
-    def _ask(self, ticket: int, question) -> None:
-        self._reply_when_done(ticket, self._engine.ask(question))
+    def _ask(self, ticket: int, question: bytes) -> None:
+        try:
+            asked = pickle.loads(question)
+        except Exception as error:
+            self._send("reply", ticket, ConfigError(f"the engine's process cannot import what it is asked: {error!r}"), None)
+        else:
+            self._reply_when_done(ticket, self._engine.ask(asked))
 
     def _reply_when_done(self, ticket: int, future: Future) -> None:
         def reply(done: Future) -> None:
@@ -102,6 +109,9 @@ class EngineChild:
                 self._inbox.put(self._connection.recv())
         except (EOFError, OSError):
             os._exit(1)
+        except BaseException:  # never alive without ears
+            traceback.print_exc()
+            os._exit(1)
 
 
 def _portable(error: BaseException) -> BaseException:
@@ -116,7 +126,11 @@ def _portable(error: BaseException) -> BaseException:
 def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM):  # they are for who started this, who says when it is time to end
         signal.signal(name, signal.SIG_IGN)
-    status = EngineChild(Connection(int(sys.argv[1]))).run()
+    status = 1
+    try:
+        status = EngineChild(Connection(int(sys.argv[1]))).run()
+    except BaseException:
+        traceback.print_exc()
     sys.stderr.flush()
     os._exit(status)  # not by way of the device's threads, which may be in the middle of something
 

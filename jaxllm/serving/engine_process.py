@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -51,7 +52,7 @@ class _Child:
         self.connection = Connection(ours.detach())
         self.started = time.monotonic()
         self._send_lock = threading.Lock()
-        self.send((config, logging.getLogger().getEffectiveLevel()))
+        self.send((config, logging.getLogger().getEffectiveLevel(), sys.path))
 
     def send(self, message: tuple) -> None:
         """Raises OSError if it has died."""
@@ -117,7 +118,7 @@ class EngineProcess:
 
     def ask(self, question: Callable[[Any], Any]) -> Future:
         """See `EngineThread.ask`; question and answer travel by pickle, so that it must be a function of a module."""
-        return self._request("ask", question)
+        return self._request("ask", pickle.dumps(question))
 
     def stop(self) -> None:
         """Ends the engine and waits for it. Calling it again does nothing."""
@@ -138,11 +139,7 @@ class EngineProcess:
             if dead is None:
                 first()
                 self._replies[ticket] = done
-                try:
-                    self._send(what, ticket, *rest)
-                except BaseException:  # it does not pickle
-                    del self._replies[ticket]
-                    raise
+                self._send(what, ticket, *rest)
         if dead is not None:
             done.set_exception(dead)
         return done

@@ -100,11 +100,13 @@ def test_an_error_of_the_engine_itself_and_what_it_cannot_be_asked(folder):
                 await llm.ask(lambda engine: 1)
             with pytest.raises(ConfigError, match="another process"):
                 _ = llm.engine
-            with pytest.raises(RequestError, match="Unable to parse|schema|JSON"):
+            with pytest.raises(ConfigError, match="cannot import"):
+                await asyncio.wrap_future(llm.backend._request("ask", b"cno_such_module\nname\n."))
+            with pytest.raises(RequestError, match="nonsense"):
                 await anext(llm.generate("x", SamplingParams(structured_outputs={"json": {"type": "nonsense"}})))
             stream = llm.generate("x", SamplingParams(max_tokens=500, ignore_eos=True))
             await anext(stream)
-            broken = llm.ask(_break)
+            broken = asyncio.create_task(llm.ask(_break))
             with pytest.raises(EngineDeadError, match="the device is gone"):
                 [_ async for _ in stream]
             await asyncio.gather(broken, return_exceptions=True)
