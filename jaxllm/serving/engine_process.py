@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ class EngineProcess:
     def _start(self) -> str | None:
         """A new engine in place of the dead one. Returns what went wrong, if it did."""
         try:
-            self._child = _Child(self._config)
+            self._child = _Child(replace(self._config, record=None))  # the first one's record stays as it is
             facts, figures = self._child.ready()
         except Exception as error:
             return str(error)
