@@ -16,6 +16,7 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+	JAXLLM_TEST_ENGINE_PROCESS=1 $(BIN)/python -m pytest -q tests/server
 
 # The GPU kernels and plans, compiled for chips that are not here by the CUDA plugin: 5 GB in an environment of its own.
 test-gpu-aot: .venv-gpu/.done

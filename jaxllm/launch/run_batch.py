@@ -91,7 +91,7 @@ def run(config: Config) -> dict[str, Any]:
     try:
         service = Service(llm, ServerConfig(max_pending=1 << 30, **{name: getattr(config, name) for name in _SERVER}))
         # Twice as many as run, so that none waits for a tokenizer.
-        at_once = 2 * llm.facts.max_num_seqs
+        at_once = 2 * llm.max_num_seqs
         counts = asyncio.run(run_batch(service, source, output, at_once=at_once, progress=lambda done: progress(done, total)))
     finally:
         llm.shutdown()

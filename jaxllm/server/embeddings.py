@@ -30,7 +30,7 @@ async def embeddings(request: Request) -> Response:
 async def answer(service: Service, body: EmbeddingRequest) -> dict[str, Any]:
     """Raises ApiError, RequestError, TokenizerError, EngineDeadError or TimeoutError."""
     model = service.check_model(body.model)
-    width = service.llm.facts.embedding_dim
+    width = service.llm.embedding_dim
     if body.dimensions not in (None, width):
         message = f"dimensions={body.dimensions}: this model's embeddings have {width} and cannot be cut: leave dimensions out"
         raise ApiError(400, message, param="dimensions")

@@ -41,7 +41,7 @@ class Service:
 
     @property
     def max_model_len(self) -> int:
-        return self.llm.facts.max_model_len
+        return self.llm.max_model_len
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError for another model than ours."""

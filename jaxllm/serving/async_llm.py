@@ -15,7 +15,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.serving.bundle import bundle_settings
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.find_tokenizer import read_tokenizer
-from jaxllm.serving.news import EngineDeadError, EngineFacts, EngineFigures, Listener, News
+from jaxllm.serving.news import EngineDeadError, EngineFigures, Listener, News
 from jaxllm.serving.prompt import Prompt, need_tokenizer, read_labels, read_prompt
 from jaxllm.serving.request import RequestOutput
 from jaxllm.serving.sampling_params import SamplingParams
@@ -69,10 +69,8 @@ class AsyncLLM:
         self._numbers = itertools.count()
         self._streams: dict[int, _Stream] = {}
         self._lock = threading.Lock()  # of all these
-        self._dead: EngineDeadError | None = None
-        self.restarts = 0  # of an engine that died
         self.on_step: Callable[[int], None] | None = None  # is told how many tokens each step has, on a thread of the engine's
-        listener = Listener(self._deliver, self._end, self._begin)
+        listener = Listener(self._deliver, self._end)
         if engine_process:
             if logits_processors:
                 raise ConfigError("logits_processors are functions of this process: leave engine_process out")
@@ -96,11 +94,27 @@ class AsyncLLM:
     @property
     def dead(self) -> EngineDeadError | None:
         """Why no request can be served, if none can."""
-        return self._dead
+        return self.backend.dead
 
     @property
-    def facts(self) -> EngineFacts:
-        return self.backend.facts
+    def restarts(self) -> int:
+        """Times that the engine died and was started again."""
+        return self.backend.restarts
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self.backend.facts.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at the same time."""
+        return self.backend.facts.max_num_seqs
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of a pooled prompt's vector."""
+        return self.backend.facts.embedding_dim
 
     @property
     def figures(self) -> EngineFigures:
@@ -205,14 +219,10 @@ class AsyncLLM:
 
     def _end(self, error: EngineDeadError) -> None:
         with self._lock:
-            self._dead, streams, self._streams = error, self._streams, {}
+            streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.error = error
         _wake(streams.values())
-
-    def _begin(self, facts: EngineFacts, figures: EngineFigures) -> None:
-        self._dead = None
-        self.restarts += 1
 
 
 def _reset_prefix_cache(engine: "Engine") -> None:

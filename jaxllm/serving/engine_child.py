@@ -73,9 +73,14 @@ class EngineChild:
 
     def _reply_when_done(self, ticket: int, future: Future) -> None:
         def reply(done: Future) -> None:
-            if not done.cancelled():
-                error = done.exception()
-                self._send("reply", ticket, None if error is None else _portable(error), None if error is not None else done.result())
+            if done.cancelled():
+                return
+            if (error := done.exception()) is not None:
+                return self._send("reply", ticket, _portable(error), None)
+            try:
+                self._send("reply", ticket, None, done.result())
+            except Exception as failure:  # it does not pickle, of which nothing has been sent
+                self._send("reply", ticket, ConfigError(f"the answer cannot leave the engine's process: {failure!r}"), None)
 
         future.add_done_callback(reply)
 
@@ -88,7 +93,7 @@ class EngineChild:
                 told.append((number, writer.news(output)))
                 if output.finished:
                     self._writers.pop(number, None)
-        self._send("news", told, news.step_tokens, news.figures)
+        self._send("news", told, news.step_tokens, self._engine.figures)
 
     def _end(self, error: EngineDeadError) -> None:
         self._send("end", str(error))

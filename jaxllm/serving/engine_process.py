@@ -32,7 +32,7 @@ from jaxllm.serving.wire import OutputReader
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 5  # starts, of an engine that dies each time within:
+_TRIES = 5  # starts, of an engine that does not start, or lives no longer than:
 _LIVED = 60.0  # s
 _PATIENCE = 30.0  # s that an engine has to end when it is told to
 
@@ -51,7 +51,6 @@ class _Child:
         )
         theirs.close()
         self.connection = Connection(ours.detach())
-        self.started = time.monotonic()
         self._send_lock = threading.Lock()
         self.send((config, logging.getLogger().getEffectiveLevel(), sys.path))
 
@@ -93,7 +92,8 @@ class EngineProcess:
         self._lock = threading.Lock()  # of what follows
         self._replies: dict[int, Future] = {}
         self._readers: dict[int, OutputReader] = {}
-        self._dead: EngineDeadError | None = None
+        self.dead: EngineDeadError | None = None
+        self.restarts = 0  # of an engine that died
         self._tickets = itertools.count()
         self._stopping = threading.Event()
         self._child = _Child(config)
@@ -109,8 +109,9 @@ class EngineProcess:
         self, number: int, request_id: str, ids: Sequence[int], params: SamplingParams, text: str | None, labels: Mapping[str, str]
     ) -> Future:
         """See `EngineThread.add`."""
-        reader = OutputReader(request_id, text, ids)
-        return self._request("add", number, request_id, ids, params, text, labels, first=lambda: self._readers.update({number: reader}))
+        with self._lock:
+            self._readers[number] = OutputReader(request_id, text, ids)
+        return self._request("add", number, request_id, ids, params, text, labels)
 
     def abort(self, number: int) -> None:
         with self._lock:
@@ -125,7 +126,7 @@ class EngineProcess:
         """Ends the engine and waits for it. Calling it again does nothing."""
         with self._lock:
             self._stopping.set()
-            if self._dead is not None:  # it may be starting
+            if self.dead is not None:  # it may be starting
                 self._child.process.kill()
             self._send("stop")
         self._thread.join(_PATIENCE)
@@ -133,12 +134,11 @@ class EngineProcess:
             self._child.process.kill()
             self._thread.join()
 
-    def _request(self, what: str, *rest: Any, first: Callable[[], None] = lambda: None) -> Future:
+    def _request(self, what: str, *rest: Any) -> Future:
         done: Future = Future()
         with self._lock:
-            dead, ticket = self._dead, next(self._tickets)
+            dead, ticket = self.dead, next(self._tickets)
             if dead is None:
-                first()
                 self._replies[ticket] = done
                 self._send(what, ticket, *rest)
         if dead is not None:
@@ -153,34 +153,34 @@ class EngineProcess:
     # The thread that listens.
 
     def _watch(self) -> None:
-        tries = 0
-        while True:
-            why = self._listen()
-            if self._stopping.is_set():
-                return self._end("the engine was shut down")
-            if time.monotonic() - self._child.started > _LIVED:
-                tries = 0
-            while True:
-                if tries == _TRIES:
-                    return self._end(f"{why}; it did so {_TRIES} times in a row and is not started again: see the log, restart the server")
-                tries += 1
-                self._end(f"{why}; it is being started again (try {tries} of {_TRIES})")
-                if self._stopping.wait(2 ** (tries - 2) if tries > 1 else 0):
-                    return self._end("the engine was shut down")
-                if (why := self._start()) is None:
-                    break
+        tries, why = 0, self._listen()
+        while not self._stopping.is_set():
+            if tries == _TRIES:
+                return self._end(f"{why}; it did so {_TRIES} times in a row and is not started again: see the log, restart the server")
+            tries += 1
+            self._end(f"{why}; it is being started again (try {tries} of {_TRIES})")
+            if self._stopping.wait(2 ** (tries - 2) if tries > 1 else 0):
+                break
+            if (why := self._start()) is None:
+                began, why = time.monotonic(), self._listen()
+                if time.monotonic() - began > _LIVED:
+                    tries = 0
+        self._end("the engine was shut down")
 
     def _start(self) -> str | None:
         """A new engine in place of the dead one. Returns what went wrong, if it did."""
+        start = time.monotonic()
         try:
             self._child = _Child(replace(self._config, record=None))  # the first one's record stays as it is
+            if self._stopping.is_set():  # `stop` may have looked before it was there
+                self._child.process.kill()
             facts, figures = self._child.ready()
         except Exception as error:
             return str(error)
         with self._lock:
-            self.facts, self.figures, self._dead = facts, figures, None
-        logger.warning("the engine runs again, %.1f s after it was started", time.monotonic() - self._child.started)
-        self._listener.begun(facts, figures)
+            self.facts, self.figures, self.dead = facts, figures, None
+        self.restarts += 1
+        logger.warning("the engine runs again, %.1f s after it was started", time.monotonic() - start)
         return None
 
     def _listen(self) -> str:
@@ -192,6 +192,9 @@ class EngineProcess:
                 getattr(self, f"_on_{what}")(*rest)
         except (EOFError, OSError):
             pass
+        except Exception:  # those who wait would wait for ever
+            logger.exception("the engine's news cannot be read: this is a bug in jaxllm, please report it")
+            self._child.process.kill()
         how = self._child.end()
         return self._last_words or f"the engine's process ended: {how}"
 
@@ -210,7 +213,7 @@ class EngineProcess:
                     outputs.append((number, reader.output(news)))
                     if news.finished:
                         del self._readers[number]
-        self._listener.news(News(outputs, step_tokens, figures))
+        self._listener.news(News(outputs, step_tokens))
 
     def _on_end(self, why: str) -> None:
         self._last_words = why
@@ -220,7 +223,7 @@ class EngineProcess:
             logger.error("%s", why)
         error = EngineDeadError(why)
         with self._lock:
-            self._dead, replies, self._replies = error, self._replies, {}
+            self.dead, replies, self._replies = error, self._replies, {}
             self._readers.clear()
         self._listener.end(error)
         for done in replies.values():

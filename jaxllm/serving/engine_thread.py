@@ -10,7 +10,7 @@ from jaxllm.errors import JaxLLMError
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine
 from jaxllm.serving.logits import LogitsProcessor
-from jaxllm.serving.news import EngineDeadError, EngineFacts, EngineFigures, Listener, News, facts_of, figures_of
+from jaxllm.serving.news import EngineDeadError, EngineFigures, Listener, News, facts_of, figures_of
 from jaxllm.serving.request import RequestOutput
 from jaxllm.serving.sampling_params import SamplingParams
 from jaxllm.serving.structured import Matcher
@@ -19,9 +19,11 @@ from jaxllm.serving.structured import Matcher
 class EngineThread:
     """Takes requests from any thread; `EngineProcess` does the same for an engine in another process."""
 
+    restarts = 0
+
     def __init__(self, config: EngineConfig, listener: Listener, processors: Mapping[str, LogitsProcessor] | None = None):
         self.engine = Engine(config, processors)
-        self.facts: EngineFacts = facts_of(self.engine)
+        self.facts = facts_of(self.engine)
         self._listener = listener
         self._names: dict[int, str] = {}  # of the engine's thread alone, as is its inverse
         self._numbers: dict[str, int] = {}
@@ -30,7 +32,7 @@ class EngineThread:
         self._inbox: deque[tuple[Future, Callable[[], Any]]] = deque()
         self._stopping = False
         self._wake = threading.Condition()
-        self._dead: EngineDeadError | None = None
+        self.dead: EngineDeadError | None = None
         self._grammars = ThreadPoolExecutor(4, "jaxllm-grammar")
         self._thread = threading.Thread(target=self._run, name="jaxllm-engine", daemon=True)
         self._thread.start()
@@ -74,7 +76,7 @@ class EngineThread:
     def _post(self, done: Future, action: Callable[[], Any]) -> None:
         """Has the engine's thread do something between two steps; the future has what it returned or raised."""
         with self._wake:
-            dead = self._dead
+            dead = self.dead
             if dead is None:
                 self._inbox.append((done, action))
                 self._wake.notify()
@@ -142,13 +144,13 @@ class EngineThread:
                 self._forget(number)
         steps = self._step_tokens.copy()
         self._step_tokens.clear()
-        self._listener.news(News(told, steps, self.figures))
+        self._listener.news(News(told, steps))
 
     def _die(self, cause: BaseException | None) -> None:
         error = EngineDeadError("the engine was shut down" if cause is None else f"the engine's thread ended: {cause!r}")
         error.__cause__ = cause
         with self._wake:
-            self._dead, actions, self._inbox = error, self._inbox, deque()
+            self.dead, actions, self._inbox = error, self._inbox, deque()
         self._listener.end(error)
         for done, _ in actions:
             _fail(done, error)

@@ -56,17 +56,15 @@ class News:
 
     outputs: list[tuple[int, RequestOutput]]
     step_tokens: list[int]
-    figures: EngineFigures
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Whom an engine tells, on a thread of its own: `news` after every turn; `end` once, when it can serve no more; `begun` when one
-    that had ended has begun anew."""
+    """Whom an engine tells, on a thread of its own: `news` after every turn, and `end` when it can serve no more, or not before it has
+    been started again."""
 
     news: Callable[[News], None]
     end: Callable[[EngineDeadError], None]
-    begun: Callable[[EngineFacts, EngineFigures], None] = lambda facts, figures: None
 
 
 def facts_of(engine: Engine) -> EngineFacts:
