@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxllm.config import parse, unknown
 from jaxllm.errors import ConfigError, JaxLLMError
+from jaxllm.launch.huge_pages import use_huge_pages
 
 COMMANDS = {
     "generate": ("jaxllm.launch.generate", "Continue prompts with a model, streaming the text."),
@@ -50,6 +51,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and (arguments[:1] == ["train"] or arguments[:2] == ["bench", "train"]):
+        use_huge_pages()
     as_json = "--json" in arguments  # known before parsing, for parsing may fail
     try:
         with _stdout_kept(as_json) as emit:

@@ -70,6 +70,12 @@ _gradient_as_one.defvjp(
 )
 
 
+# For the backward pass, what is made of few numbers in little time is made anew, and only what it is made of is kept: in bfloat16 a
+# layer keeps a third of what it would otherwise. (A product at the end of such a function is not computed again: its result is not read.
+# The two passes are loops of their own, so that XLA does not merge them and need not be kept from it.)
+anew = partial(jax.checkpoint, prevent_cse=False)
+
+
 class Linear(nnx.Module):
     """y = x W^T + b with W [out, in]: as checkpoints store it, and XLA's CPU backend multiplies few rows by it fastest."""
 
@@ -94,6 +100,9 @@ class Norm(nnx.Module):
         self.eps, self.offset = config.norm_eps, config.norm_offset
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        return anew(self._normalized)(x)
+
+    def _normalized(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         y, size = x.astype(jnp.float32), x.shape[-1]
         if self.bias is not None:
             y -= row_sum(y) / size
@@ -144,7 +153,9 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         act = ACTIVATIONS[self.activation]
         up = self.up_proj(x)
-        return self.down_proj(act(up) if self.gate_proj is None else act(self.gate_proj(x)) * up)
+        if self.gate_proj is None:
+            return anew(lambda up: self.down_proj(act(up)))(up)
+        return anew(lambda gate, up: self.down_proj(act(gate) * up))(self.gate_proj(x), up)
 
 
 class DecoderLayer(nnx.Module):
