@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from jaxllm import LLM, SamplingParams
 from jaxllm.serving.kv_cache import PagePool, page_names
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 OPTIONS = dict(dtype="float32", max_num_seqs=2, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH + 8, skip_tokenizer_init=True)
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 
