@@ -54,7 +54,7 @@ def test_pages_are_copied_on_every_device():
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(MODELS / "llama_gqa", **OPTIONS, scheduling_policy="priority")
+    return LLM(MODELS / "llama_gqa", **OPTIONS, scheduling_policy="priority", warmup=False)
 
 
 def test_prompts_are_computed_once(llm):
