@@ -17,8 +17,6 @@ from jaxllm.checkpoints.load import load_model
 from jaxllm.serving.attend import paged_attend
 from jaxllm.sharding import ShardingRules, make_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CASES = ["llama_gqa", "gemma2", "gemma3_text", "gpt2", "llama_rope_dynamic"]
 TOKENS, SEQUENCES, PAGES, PAGE_SIZE = 48, 4, 40, 4  # of every step: one program a case
 COLUMNS = LENGTH // PAGE_SIZE

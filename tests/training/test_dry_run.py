@@ -12,8 +12,6 @@ from jaxllm.planning import CHIPS
 from jaxllm.planning import training as planning
 from jaxllm.training import TrainConfig, Trainer
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
