@@ -14,8 +14,9 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# All of them, and with programs as optimised as users have them (tests/compile_cache.py).
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+	JAXLLM_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 	JAXLLM_TEST_ENGINE_PROCESS=1 $(BIN)/python -m pytest -q tests/server
 
 # The GPU kernels and plans, compiled for chips that are not here by the CUDA plugin: 5 GB in an environment of its own.

@@ -11,6 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention import tpu
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # what chips run is not compiled here: this is the interpreter
+
 SEQUENCES, COLUMNS, PAGE_SIZE = 16, 8, 16
 KEYS = COLUMNS * PAGE_SIZE
 

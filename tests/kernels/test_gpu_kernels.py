@@ -13,6 +13,8 @@ from pallas_kernels.ragged_paged_attention.gpu import ragged_paged_attention_gpu
 from pallas_kernels.ragged_paged_attention.reference import ragged_paged_attention_reference
 from pallas_kernels.ragged_paged_attention.tuning import decode_splits
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # what chips run is not compiled here: this is the interpreter
+
 STATIC = ("scale", "window", "softcap", "decode_only", "interpret")
 attention = jax.jit(partial(ragged_paged_attention_gpu, interpret=True), static_argnames=STATIC)
 PLAIN = dict(window=None, softcap=None, sinks=None, decode_only=False)

@@ -8,6 +8,8 @@ import test_tpu_kernels
 from hypothesis import given, settings
 from test_ragged_paged_attention import batches, make_batch
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # what chips run is not compiled here: this is the interpreter
+
 alike = pytest.mark.parametrize("check", [test_gpu_kernels.check, test_tpu_kernels.check], ids=["gpu", "tpu"])
 
 

@@ -114,7 +114,8 @@ def test_pages_wider_than_heads(implementation, monkeypatch):
         interpreted = partial(api._function(implementation), interpret=True)
         monkeypatch.setattr(api, "_function", lambda _: interpreted)
     expected, expected_pages = ragged_paged_attention_reference(q, k, v, pages, *rest, scale=0.3)
-    out, wide = ragged_paged_attention(*map(jnp.asarray, (q, k, v, wide, *rest)), scale=0.3, implementation=implementation)
+    run = jax.jit(partial(ragged_paged_attention, scale=0.3, implementation=implementation))
+    out, wide = run(*map(jnp.asarray, (q, k, v, wide, *rest)))
     assert out.shape == q.shape
     np.testing.assert_allclose(out[:24], expected[:24], atol=1e-5)
     np.testing.assert_array_equal(wide[..., :80], expected_pages)
@@ -158,9 +159,8 @@ def test_pages_of_a_byte(implementation, dtype, monkeypatch):
         interpreted = partial(api._function(implementation), interpret=True)
         monkeypatch.setattr(api, "_function", lambda _: interpreted)
     expected, expected_pages = ragged_paged_attention_reference(q, k, v, pages, *rest, scale=0.1, kv_scales=scales, softcap=20.0)
-    out, pages = ragged_paged_attention(
-        *map(jnp.asarray, (q, k, v, pages, *rest)), scale=0.1, kv_scales=jnp.asarray(scales), softcap=20.0, implementation=implementation
-    )
+    run = jax.jit(partial(ragged_paged_attention, scale=0.1, softcap=20.0, implementation=implementation))
+    out, pages = run(*map(jnp.asarray, (q, k, v, pages, *rest)), kv_scales=jnp.asarray(scales))
     assert pages.dtype == dtype
     np.testing.assert_array_equal(np.asarray(pages, np.float32), expected_pages.astype(np.float32))
     np.testing.assert_allclose(out[:24], expected[:24], atol=2e-5)

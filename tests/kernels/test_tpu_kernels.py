@@ -13,6 +13,8 @@ from test_ragged_paged_attention import batches, make_batch
 from pallas_kernels.ragged_paged_attention.reference import ragged_paged_attention_reference
 from pallas_kernels.ragged_paged_attention.tpu import ragged_paged_attention_tpu
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")  # what chips run is not compiled here: this is the interpreter
+
 # What no copy has filled is NaN, and two copies of one place that may happen at once are an error.
 INTERPRET = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 STATIC = ("scale", "window", "softcap", "decode_only", "interpret")

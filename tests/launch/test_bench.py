@@ -8,6 +8,8 @@ from tiny_models import write_llama
 
 from jaxllm.launch.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FEW_SHAPES = ["--max-num-batched-tokens", "32", "--json"]  # they compile in seconds
 TINY = ["--model", str(MODELS / "llama_gqa"), "--dtype", "float32", *FEW_SHAPES]
 

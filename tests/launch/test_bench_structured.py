@@ -9,6 +9,8 @@ from tiny_models import write_llama
 from jaxllm.launch.__main__ import main
 from jaxllm.launch.bench.schemas import draw_schemas, endless
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):

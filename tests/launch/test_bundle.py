@@ -14,6 +14,7 @@ from jaxllm.launch.__main__ import main
 from jaxllm.serving.bundle import MANIFEST
 from jaxllm.serving.executables import ExecutableCache
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 CASE = "llama_gqa"
 FLAGS = ["--max-num-seqs", "2", "--max-num-batched-tokens", "32", "--max-model-len", "96", "--num-pages", "40", "--dtype", "float32"]
 

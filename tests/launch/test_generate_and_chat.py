@@ -17,6 +17,8 @@ from jaxllm.launch.__main__ import main
 from jaxllm.paths import cache_dir
 from jaxllm.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

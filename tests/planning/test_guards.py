@@ -32,7 +32,8 @@ KERNELS_MIB = (129.3, 72.8, 66.4, 193.9, 258.2, 17.9, 21.8, 40.1, 38.6)  # moved
 MIB = 2**20
 
 
-@pytest.fixture(scope="module", params=list(STEPS))
+# The second chip runs the same programs through the same compiler, in as long again.
+@pytest.fixture(scope="module", params=["v5e:2x4", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
 def compiled(request):
     """(topology, what compiled_for.py tells of it)"""
     pytest.importorskip("libtpu")

@@ -5,10 +5,16 @@ import os
 
 import openai
 import pytest
+from compile_cache import quickly
 from servers import CHATML, serving
 from tiny_models import write_llama
 
 from jaxllm import AsyncLLM
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(compiled_quickly):
+    pass
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +28,8 @@ def folder(tmp_path_factory):
 def llm(folder):
     there = bool(os.environ.get("JAXLLM_TEST_ENGINE_PROCESS"))  # all these tests hold for an engine in another process too
     options = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=2000, page_size=4)
-    engine = AsyncLLM(folder, engine_process=there, **options)
+    with quickly():
+        engine = AsyncLLM(folder, engine_process=there, **options)
     yield engine
     engine.shutdown()
 

@@ -12,6 +12,8 @@ from jaxllm.errors import ConfigError, RequestError
 from jaxllm.serving import EngineDeadError
 from jaxllm.serving.news import figures_of
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CASE = "llama_gqa"
 OPTIONS = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=16, page_size=4, max_model_len=80, skip_tokenizer_init=True)
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)

@@ -14,6 +14,8 @@ from jaxllm.checkpoints import open_checkpoint, write_safetensors
 from jaxllm.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from jaxllm.serving import EngineConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 VOCAB, MAX_LEN = 640, 64  # the tokenizer has 601 tokens: as in many models, some rows stand for no token
 OPTIONS = dict(dtype="float32", max_num_seqs=2, max_num_batched_tokens=16, page_size=4, max_model_len=MAX_LEN, warmup=False)
 UP = "model.layers.1.mlp.up_proj.weight"

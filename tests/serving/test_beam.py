@@ -60,7 +60,7 @@ def test_as_transformers_does_it(case, pool):
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(MODELS / "llama_gqa", **OPTIONS)
+    return LLM(MODELS / "llama_gqa", **OPTIONS, warmup=False)
 
 
 def likeliest(llm):

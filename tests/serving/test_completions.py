@@ -9,6 +9,8 @@ from jaxllm import LLM, AsyncLLM, EngineConfig, SamplingParams
 from jaxllm.errors import ConfigError, RequestError
 from jaxllm.serving.request import completion_seed
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 OPTIONS = dict(dtype="float32", max_num_seqs=4, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH, skip_tokenizer_init=True)
 SAMPLED = SamplingParams(n=3, temperature=1.0, seed=7, max_tokens=32, ignore_eos=True)
 LIKELIEST = SAMPLED.replace(top_k=1)  # three times what transformers' greedy search gives
@@ -52,7 +54,7 @@ def test_pages_are_copied_on_every_device():
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(MODELS / "llama_gqa", **OPTIONS, scheduling_policy="priority")
+    return LLM(MODELS / "llama_gqa", **OPTIONS, scheduling_policy="priority", warmup=False)
 
 
 def test_prompts_are_computed_once(llm):

@@ -35,7 +35,7 @@ OPTIONS = dict(
     page_size=16,
     max_model_len=256,
     skip_tokenizer_init=True,
-    warmup_in_background=False,  # each step in the shape that is its own
+    warmup=False,  # each step in the shape that is its own, compiled when it is needed
 )
 RNG = np.random.default_rng(0)
 PROMPT = RNG.integers(1, CONFIG["vocab_size"], 41).tolist()

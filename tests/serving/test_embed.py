@@ -8,6 +8,7 @@ from tiny_models import write_llama
 from jaxllm import LLM, SamplingParams
 from jaxllm.errors import RequestError
 
+SMALL = dict(max_model_len=64, max_num_batched_tokens=16, page_size=4)
 CASES = ["gemma2", "gpt2", "llama_gqa", "opt_postnorm_proj", "qwen3"]
 
 
@@ -17,7 +18,7 @@ def vectors(outputs):
 
 @pytest.mark.parametrize("case", CASES)
 def test_transformers(case):
-    llm = LLM(MODELS / case, dtype="float32", skip_tokenizer_init=True, max_model_len=64, max_num_batched_tokens=16, page_size=4)
+    llm = LLM(MODELS / case, dtype="float32", skip_tokenizer_init=True, warmup=False, **SMALL)
     prompts = [{"prompt_token_ids": prompt["prompt"].tolist()} for prompt in golden(case)]
     with np.load(FOLDER / "embeddings.npz") as wanted:
         for pooling in ("last", "mean"):

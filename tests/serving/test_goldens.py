@@ -8,8 +8,11 @@ from golden_cases import CASES, LENGTH, MODELS, OLD_CONFIGS, generated, golden
 
 from jaxllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # Prompts of 5, 21 and 40 tokens in steps of 16, two at a time: they are cut into chunks, wait, and share steps with decodes.
-OPTIONS = dict(dtype="float32", max_num_seqs=2, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH + 8, skip_tokenizer_init=True)
+OPTIONS = dict(dtype="float32", max_num_seqs=2, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH + 8)
+OPTIONS |= dict(skip_tokenizer_init=True, warmup=False)  # only what is run is compiled
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 
 

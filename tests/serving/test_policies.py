@@ -16,6 +16,8 @@ from jaxllm.serving.policies.outputs import Lengths
 from jaxllm.serving.replay import replay as replay_record
 from jaxllm.serving.scheduler import Scheduler
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # Times as short as steps, so that ranks change all the while.
 OPTIONS = {
     "mlfq": dict(first_quantum_s=0.04, starvation_s=0.3, levels=4),

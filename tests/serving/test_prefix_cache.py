@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from jaxllm import LLM, SamplingParams
 from jaxllm.serving.kv_cache import PagePool, page_names
 
-OPTIONS = dict(dtype="float32", max_num_seqs=2, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH + 8, skip_tokenizer_init=True)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+OPTIONS = dict(dtype="float32", max_num_seqs=2, max_num_batched_tokens=16, page_size=4, max_model_len=LENGTH + 8)
+OPTIONS |= dict(skip_tokenizer_init=True, warmup=False)
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 
 
@@ -43,7 +46,7 @@ def test_sharing_while_running_and_under_preemption():
 
 def test_off_and_where_keys_depend_on_length():
     for case, options in (("llama_gqa", {"enable_prefix_caching": False}), ("llama_rope_dynamic", {})):
-        llm = LLM(MODELS / case, **OPTIONS, **options, warmup=False)
+        llm = LLM(MODELS / case, **OPTIONS, **options)
         prompt = {"prompt_token_ids": golden(case)[1]["prompt"].tolist()}
         outputs = [llm.generate(prompt, GREEDY.replace(max_tokens=4))[0] for _ in range(2)]
         assert [o.num_cached_tokens for o in outputs] == [0, 0]

@@ -14,6 +14,8 @@ from jaxllm.serving.kv_cache import PagePool, page_names
 from jaxllm.serving.replay import RecordingScheduler, Replayed, ReplayError, open_record, replay
 from jaxllm.serving.scheduler import Scheduler, SchedulerConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def recorded(path, seed: int) -> Replayed:
     """Records a random life of a crowded scheduler, with everything that can happen to it; what replaying it should say."""

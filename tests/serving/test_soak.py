@@ -15,6 +15,8 @@ from tiny_models import write_llama
 from jaxllm import AsyncLLM, SamplingParams
 from jaxllm.serving.news import figures_of
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 OPTIONS = dict(dtype="float32", max_num_seqs=8, max_num_batched_tokens=32, page_size=4, max_model_len=64, skip_tokenizer_init=True)
 LOOPS, TOGETHER = 4, 24  # event loops, and requests at a time in each
 KINDS = [

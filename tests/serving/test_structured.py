@@ -12,6 +12,8 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.errors import RequestError
 from jaxllm.serving.structured import StructuredOutputs
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PERSON = {
     "type": "object",
     "properties": {

@@ -11,6 +11,8 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.errors import RequestError
 from jaxllm.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):

@@ -12,6 +12,7 @@ from golden_cases import MODELS, generated, golden
 from jaxllm import LLM, SamplingParams
 from jaxllm.serving.warm_up import WarmUp
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 OPTIONS = dict(dtype="float32", max_num_seqs=8, max_num_batched_tokens=64, page_size=4, max_model_len=96, skip_tokenizer_init=True)
 
 

@@ -17,6 +17,8 @@ import pytest
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.training.checkpointing import Checkpointer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def make_state(seed: int, width: int = 8) -> dict:
     key = jax.random.key(seed)

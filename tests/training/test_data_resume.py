@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from jaxllm.errors import ConfigError, DataError
 from jaxllm.training.data import DataConfig, DataSource, make_dataset
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def segments(batch: dict) -> list[str]:
     """The text of every example in a batch; what must hold of any batch is checked on the way."""

@@ -20,6 +20,8 @@ from jaxllm.launch.train import Config
 from jaxllm.training import TrainConfig, Trainer
 from jaxllm.training.data import DataConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parents[2]
 
 

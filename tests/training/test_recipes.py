@@ -8,6 +8,8 @@ from tiny_models import write_llama
 
 from jaxllm.launch.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
 PAIR = {"prompt": "red ->", "chosen": " yes", "rejected": " no"}
 RECORDS = {

@@ -27,6 +27,8 @@ from jaxllm.sharding import ShardingRules, make_mesh
 from jaxllm.training import TrainConfig, Trainer
 from jaxllm.training.objectives import add_score
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,6 +11,8 @@ from jaxllm.launch.__main__ import main
 from jaxllm.training import TrainConfig, plot_run
 from jaxllm.training import watch as watching
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LINES = [{"step": i, "loss": 2.0 / i, "learning_rate": 0.1, "mfu": None, "tokens": 10 * i} for i in range(1, 5)]
 
 

@@ -1,3 +1,0 @@
-"""Tests of adapters compile each program once."""
-
-from compile_cache import compiled_once  # noqa: F401
