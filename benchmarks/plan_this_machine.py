@@ -2,8 +2,8 @@
 
     python benchmarks/plan_this_machine.py MODEL [--configurations 8x512:float32 8x512:bfloat16 32x512:float32] [--batched N]
 
-Each configuration is SEQUENCESxTOKENS:DTYPE. The plan and the engine have a process each, in turn; the engine compiles everything (nothing is
-kept from before) while its first requests run. Its memory is what no other process has and no file holds, looked at a hundred times a
+Each configuration is SEQUENCESxTOKENS:DTYPE. The plan and the engine have a process each, in turn; the engine compiles everything (nothing
+is kept from before) while its first requests run. Its memory is what no other process has and no file holds, looked at a hundred times a
 second; its step is the median of decode steps in which every sequence is about as long as it may be. Prints a line of JSON each.
 """
 
@@ -24,7 +24,8 @@ def run_engine(model: str, sequences: int, tokens: int, dtype: str, batched: int
         from jaxllm import LLM, SamplingParams
 
         new, steps, read_at = min(24, tokens // 4), [], None
-        llm = LLM(model, max_num_seqs=sequences, max_model_len=tokens, dtype=dtype, max_num_batched_tokens=batched, compilation_cache_dir="")
+        options = dict(max_num_seqs=sequences, max_model_len=tokens, dtype=dtype, max_num_batched_tokens=batched)
+        llm = LLM(model, **options, compilation_cache_dir="")
 
         def on_read(plan) -> None:
             nonlocal read_at
