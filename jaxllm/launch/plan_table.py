@@ -27,7 +27,8 @@ def print_serving_plan(title: str, plan: ServingPlan) -> None:
     for rows in zip(*(facts.items() for facts in told), strict=True):
         steps.add_row(rows[0][0], *(value for _, value in rows))
     console.print(steps)
-    room = f"fits, with room for {plan.max_sequences} sequences of {plan.settings['max_model_len']} tokens"
+    room = f"fits, with room for {plan.max_sequences:,} sequences of {s['max_model_len']:,} tokens"
+    room += f", or {s['max_num_seqs']:,} of {plan.max_context:,}"
     console.print(f"{room if plan.fits else 'does NOT fit'}; compiled in {plan.compile_s:.1f} s")
     if plan.remedy:
         console.print(f"remedy: {plan.remedy}")

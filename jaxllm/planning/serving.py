@@ -45,8 +45,9 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ServingPlan:
-    """What `jaxllm plan` tells; bytes are of one device. `max_sequences`: for how many there is room; where the compiler refused a
-    step for want of memory, so that its temporaries are not known, it is more than there are."""
+    """What `jaxllm plan` tells; bytes are of one device. `max_sequences`: for how many of
+    `max_model_len` tokens there is room, and `max_context` of how many tokens `max_num_seqs` could be, as far as the model goes; where
+    the compiler refused a step for want of memory, so that its temporaries are not known, these are more than there are."""
 
     fits: bool
     per_chip_bytes: dict[str, int]
@@ -56,6 +57,7 @@ class ServingPlan:
     compile_s: float
     remedy: str | None
     settings: dict[str, Any]
+    max_context: int = 0
 
 
 def plan_serving(
@@ -135,7 +137,9 @@ def plan_serving(
             compile_s=made[which].seconds + made["head"].seconds,
         )
     capacity, total = chip.memory_bytes, sum(used.values())
-    most = max(0, (capacity - (total - kv_cache - slot_bytes) - a_page) // (max_pages * a_page + slot_bytes // max_num_seqs))
+    room = capacity - (total - kv_cache) - a_page  # for pages that sequences use
+    most = max(0, (room + slot_bytes) // (max_pages * a_page + slot_bytes // max_num_seqs))
+    longest = min(config.max_positions, max(0, room // a_page) // max_num_seqs * page_size)
     fits = failed is None and total <= capacity
     remedy = None if fits else _remedy(parameters, capacity, most, max_num_seqs, tensor, len(topology.devices), failed, chip.platform)
     settings = dict(
@@ -143,7 +147,8 @@ def plan_serving(
         num_pages=num_pages, max_num_batched_tokens=batched, context=length,
     )  # fmt: skip
     used |= {"total": total, "capacity": capacity}
-    return ServingPlan(fits, used, reports["decode"], reports["prefill"], most, time.perf_counter() - start, remedy, settings)
+    seconds = time.perf_counter() - start
+    return ServingPlan(fits, used, reports["decode"], reports["prefill"], most, seconds, remedy, settings, longest)
 
 
 @dataclass(frozen=True)
