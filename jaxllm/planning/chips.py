@@ -52,6 +52,8 @@ def find_topology(name: str, *, dtype: Any = "bfloat16") -> Topology:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened: other processes may do the same
+    if missing := chip.missing_flags():  # libtpu reads them once: the first topology of a process decides
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {missing}".strip()
     from jax.experimental import topologies
 
     try:

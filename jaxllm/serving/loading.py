@@ -25,6 +25,7 @@ from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.runner import Runner
 from jaxllm.serving.scheduler import SchedulerConfig
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
+from jaxllm.sharding.chips import TPUS
 from jaxllm.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     mesh = make_mesh(tensor=config.tensor_parallel_size)
     platform = mesh.devices.flat[0].platform
     on_cpu = platform == "cpu"
+    _check_libtpu(mesh.devices.flat[0].device_kind)
     path = resolve_model(config.model)
     source = open_checkpoint(path)
     dtype = _dtype(config.dtype, source.config, on_cpu)
@@ -112,6 +114,12 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
     exact = on_cpu and dtype == jnp.float32
     return Loaded(runner, limits, num_pages, host_pages, tokenizer, frozenset(eos), time.perf_counter() - start, exact)
+
+
+def _check_libtpu(device_kind: str) -> None:
+    missing = [flags for chip in TPUS.values() if device_kind in chip.device_kinds and (flags := chip.missing_flags())]
+    if missing:
+        logger.warning("start with LIBTPU_INIT_ARGS='%s': without it every step copies all weights on %s", *missing, device_kind)
 
 
 def _programs_dir(folder: str | None) -> Path | None:
