@@ -122,12 +122,18 @@ class Program:
         for header, following in zip(headers, [*headers[1:], None], strict=True):
             body = text[header.end() : following.start() if following else len(text)]
             ops = [op for op in map(_parse, body.splitlines()) if op]
-            if platform == "cpu":
-                given = lambda op, entry=header[1]: bool(entry) and op.opcode == "parameter"
-                ops = [op if given(op) else replace(op, least=_CPU_CACHE_BYTES) for op in ops]
             self._ops[header[2]] = {op.name: op for op in ops}
             if header[1]:
                 self._entry = header[2]
+        if platform == "cpu":
+            self._keep_in_caches()
+
+    def _keep_in_caches(self) -> None:
+        """Small arrays are not in memory, but for those that the program is given."""
+        for computation, ops in self._ops.items():
+            for name, op in ops.items():
+                if computation != self._entry or op.opcode != "parameter":
+                    ops[name] = replace(op, least=_CPU_CACHE_BYTES)
 
     def cost(self) -> Cost:
         return self._cost(self._entry)
