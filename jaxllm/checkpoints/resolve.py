@@ -14,9 +14,14 @@ _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:[:/]([\w./-]+\.gguf))?")
 
 
 def resolve_model(
-    name: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None, progress: bool = True
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    config_only: bool = False,
 ) -> Path:
-    """The folder or GGUF file that `name` stands for, downloaded if need be.
+    """The folder or GGUF file that `name` stands for, downloaded if need be; of a repository, `config_only`: its config.json alone.
 
     `name` is an existing path, or `demo`, or a Hugging Face repository `owner/name`, or one GGUF file of it:
     `owner/name:file.gguf` or `owner/name/file.gguf`. `revision` (a branch, tag or commit) and `cache_dir` (default: huggingface_hub's own)
@@ -37,7 +42,23 @@ def resolve_model(
             f"owner/name:file.gguf).{_nearest(name)}"
         )
     repository, gguf = match.groups()
-    return _from_hub(name, repository, gguf, revision, cache_dir, progress)
+    wanted = {"allow_patterns": [gguf]} if gguf else {"allow_patterns": HUB_PATTERNS, "ignore_patterns": _UNWANTED}
+    if config_only and not gguf:
+        wanted = {"allow_patterns": ["config.json"]}
+    folder = _from_hub(name, repository, revision, cache_dir, progress, **wanted)
+    if gguf:
+        if not (folder / gguf).is_file():
+            raise CheckpointError(f"The Hugging Face repository {repository} has no file {gguf}. Look at its list of files.")
+        return folder / gguf
+    if config_only:
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"The Hugging Face repository {repository} has no config.json. Of a GGUF repository name the file.")
+    elif not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"The Hugging Face repository {repository} has no .safetensors files. For a GGUF repository name the file "
+            f"({repository}:FILE.gguf); pickles (.bin) must be converted to safetensors first."
+        )
+    return folder
 
 
 def download_snapshot(repository: str, *, progress: bool = True, **options: object) -> Path:
@@ -53,13 +74,12 @@ def download_snapshot(repository: str, *, progress: bool = True, **options: obje
 
 
 def _from_hub(
-    name: str, repository: str, gguf: str | None, revision: str | None, cache_dir: str | os.PathLike | None, progress: bool
+    name: str, repository: str, revision: str | None, cache_dir: str | os.PathLike | None, progress: bool, **wanted: object
 ) -> Path:
     from huggingface_hub import constants, errors
 
-    wanted = dict(allow_patterns=[gguf]) if gguf else dict(allow_patterns=HUB_PATTERNS, ignore_patterns=_UNWANTED)
     try:
-        folder = download_snapshot(repository, revision=revision, cache_dir=cache_dir, progress=progress, **wanted)
+        return download_snapshot(repository, revision=revision, cache_dir=cache_dir, progress=progress, **wanted)
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"The Hugging Face repository {repository} is gated: ask for access on its page, then log in here with `hf auth login` "
@@ -86,16 +106,6 @@ def _from_hub(
         status = getattr(getattr(error, "response", None), "status_code", None)
         login = " Log in with `hf auth login` (or set HF_TOKEN)." if status in (401, 403) else " Try again, or give a path."
         raise CheckpointError(f"Downloading {repository} from the Hugging Face Hub failed: {error}.{login}") from error
-    if gguf:
-        if not (folder / gguf).is_file():
-            raise CheckpointError(f"The Hugging Face repository {repository} has no file {gguf}. Look at its list of files.")
-        return folder / gguf
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"The Hugging Face repository {repository} has no .safetensors files. For a GGUF repository name the file "
-            f"({repository}:FILE.gguf); pickles (.bin) must be converted to safetensors first."
-        )
-    return folder
 
 
 def _nearest(name: str, cache_dir: str | os.PathLike | None = None) -> str:

@@ -26,8 +26,8 @@ CONFIGURATIONS = Path(__file__).parents[2] / "configs" / "models"  # in a clone;
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Command):
-    """Compile the steps that the engine (or, with --train, the trainer) would run, for TPUs or GPUs that are not here, and tell what they
-    take. No weights are needed.
+    """Compile the steps that the engine (or, with --train, the trainer) would run, for TPUs or GPUs that are not here or for this machine's
+    processor, and tell what they take. No weights are needed.
 
     Example:
 
@@ -37,10 +37,11 @@ class Config(Command):
     """
 
     model: str | None = None
-    "A config.json or a YAML file with its entries, a folder with a config.json, or a hub name (owner/name); with --train, by default "
-    "the recipe's."
+    "A config.json or a YAML file with its entries, a folder with a config.json, a .gguf file, `demo`, or a hub name (owner/name; only its "
+    "config.json is fetched); with --train, by default the recipe's."
     topology: str
-    "A chip and how many: v4, v5e, v5p, v6e or v7x, as in v6e:2x2 or v5p:2x2x1; a100, l4, h100, h200 or b200, 1 to 8 of them, as in h100:8."
+    "A chip and how many: v4, v5e, v5p, v6e or v7x, as in v6e:2x2 or v5p:2x2x1; a100, l4, h100, h200 or b200, 1 to 8 of them, as in "
+    "h100:8; or cpu: this machine, measured."
     train: str | None = None
     "A training recipe in YAML: plan its optimiser step instead of serving."
     batch_size: int | None = None
@@ -51,12 +52,12 @@ class Config(Command):
     "Sequences that decode together."
     max_model_len: int = 2048
     "Tokens of each."
-    max_num_batched_tokens: int = 2048
-    "Tokens of prompts in one step."
-    page_size: int = 64
-    "Tokens in a page of the KV cache."
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    "Of weights, and of the KV cache."
+    max_num_batched_tokens: int | None = None
+    "Tokens of prompts in one step; by default the engine's choice."
+    page_size: int | None = None
+    "Tokens in a page of the KV cache; by default the engine's choice."
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    "Of weights, and of the KV cache; auto is bfloat16, and float32 on the CPU, as the engine has it."
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
     "Of the KV cache, if another."
     optimization_level: Literal["default", "O1"] = "default"
@@ -65,12 +66,13 @@ class Config(Command):
     "Draw the roofline and the memory of a chip to this file (.png, .svg, .pdf)."
 
     def __post_init__(self) -> None:
-        self.check_counts("max_num_seqs", "max_model_len", "max_num_batched_tokens", "page_size")
-        if self.tensor is not None and self.tensor < 1:
-            raise ConfigError(f"tensor must be at least 1, got {self.tensor}")
+        given = (name for name in ("max_num_batched_tokens", "page_size", "tensor") if getattr(self, name) is not None)
+        self.check_counts("max_num_seqs", "max_model_len", *given)
         check_picture(self.plot)
         if self.train is None and (self.model is None or self.batch_size is not None):
             raise ConfigError("name a model to serve" if self.model is None else "batch_size is of a training step: give --train")
+        if self.train is not None and self.topology.partition(":")[0] == "cpu":
+            raise ConfigError(f"a plan has no more to tell of this machine than `jaxllm train --config {self.train} --dry-run`: take that")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -84,7 +86,8 @@ def run(config: Config) -> dict[str, Any]:
         jax.config.update("jax_optimization_level", config.optimization_level)
     if config.train is not None:
         return _run_training(config)
-    model, topology = read_model_config(config.model), find_topology(config.topology)
+    dtype = ("float32" if config.topology.partition(":")[0] == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
+    model, topology = read_model_config(config.model), find_topology(config.topology, dtype=dtype)
     plan = plan_serving(
         model,
         topology,
@@ -93,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
         max_model_len=config.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
         page_size=config.page_size,
-        dtype=jnp.dtype(config.dtype),
+        dtype=jnp.dtype(dtype),
         kv_cache_dtype=config.kv_cache_dtype,
     )
     title = f"{config.model} on {config.topology}"
@@ -127,13 +130,14 @@ def _draw(config: Config, plan: ServingPlan | TrainingPlan, title: str) -> None:
 
 def read_model_config(name: str) -> ModelConfig:
     """The decoder that a file of Hugging Face's entries describes, or the model of that name. Raises CheckpointError, or ConfigError."""
+    from jaxllm.checkpoints import open_checkpoint
     from jaxllm.models import config_from_hf
 
     path = Path(name)
     if not (path.is_file() and path.suffix in (".yaml", ".yml", ".json")):
         path = _find_model(name)
-        if path.is_file():
-            raise CheckpointError(f"{path}: plan reads a config.json, a YAML file with its entries, or a folder with a config.json")
+        if not (path / "config.json").is_file():
+            return config_from_hf(open_checkpoint(path).config)  # a GGUF file, or a folder with one
         path = path / "config.json"
     if path.suffix != ".json":
         return config_from_hf(load_yaml(path))
@@ -151,7 +155,7 @@ def _find_model(name: str) -> Path:
     from jaxllm.checkpoints import resolve_model
 
     try:
-        return resolve_model(name)
+        return resolve_model(name, config_only=True)
     except CheckpointError as error:
         known = {path.stem: path for path in CONFIGURATIONS.glob("*.yaml")}
         near = difflib.get_close_matches(name.split("/")[-1].lower().removesuffix(".yaml"), known, 3)

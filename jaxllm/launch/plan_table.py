@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 
 def print_serving_plan(title: str, plan: ServingPlan) -> None:
     console = Console()
-    console.print(f"{title}, {plan.settings['tensor']} chips to a layer")
-    console.print(_memory(plan.per_chip_bytes, ("parameters", "kv_cache", "temporaries", "other", "total", "capacity")))
+    s = plan.settings
+    if s["chip"] == "cpu":
+        speed = f"{s['bandwidth'] / 1e9:.0f} GB/s and {s['peak_flops'] / 1e9:.0f} G operations a second"
+        console.print(f"{title}, {s['dtype']}; products of matrices were measured at {speed}")
+    else:
+        console.print(f"{title}, {s['tensor']} chips to a layer")
+    console.print(_memory(plan.per_chip_bytes, "memory" if s["chip"] == "cpu" else "memory of a chip"))
     steps = Table("a step", *(name for name in ("decode", "prefill") if getattr(plan, name) is not None))
     told = [_facts(step) for step in (plan.decode, plan.prefill) if step is not None]
     for rows in zip(*(facts.items() for facts in told), strict=True):
         steps.add_row(rows[0][0], *(value for _, value in rows))
     console.print(steps)
-    room = f"fits, with room for {plan.max_sequences} sequences of {plan.settings['max_model_len']} tokens"
+    room = f"fits, with room for {plan.max_sequences:,} sequences of {s['max_model_len']:,} tokens"
+    room += f", or {s['max_num_seqs']:,} of {plan.max_context:,}"
     console.print(f"{room if plan.fits else 'does NOT fit'}; compiled in {plan.compile_s:.1f} s")
     if plan.remedy:
         console.print(f"remedy: {plan.remedy}")
@@ -34,7 +40,7 @@ def _facts(step: StepReport) -> dict[str, str]:
         "moved": gib(step.bytes_moved),
         "least": gib(step.bytes_minimum),
         "moved / least": f"{step.bytes_moved / step.bytes_minimum:.2f}",
-        "operations": f"{step.flops / 1e12:.3f} T",
+        "operations": f"{step.flops / 1e12:.3f} T" if step.flops >= 1e11 else f"{step.flops / 1e9:.2f} G",
         "bound": f"{1e3 * step.bound_s:.2f} ms",
         "compiler's estimate": _estimate(step.compiler_s),
         "tokens/s at most": f"{step.tokens_per_s:,.0f}",
@@ -47,7 +53,7 @@ def print_training_plan(title: str, plan: TrainingPlan) -> None:
     mesh = ", ".join(f"{name} {size}" for name, size in s["mesh"].items() if size > 1) or "one chip"
     tuned = "all of the model" if s["adapter"] is None else s["adapter"] + (f" on {s['quantize_base']}" if s["quantize_base"] else "")
     console.print(f"{title}: {tuned}, {s['batch_size']} x {s['max_length']} tokens, {s['precision']}, remat {s['remat']}, {mesh}")
-    console.print(_memory(plan.per_chip_bytes, ("parameters", "optimizer", "temporaries", "other", "total", "capacity")))
+    console.print(_memory(plan.per_chip_bytes, "memory of a chip"))
     if (step := plan.step) is not None:
         table = Table()
         for name in ("moved", "operations", "least", "bound", "compiler", "tokens/s at most", "MFU at most", "collectives"):
@@ -69,12 +75,12 @@ def gib(bytes_: float) -> str:
     return f"{bytes_ / 2**30:.2f} GiB"
 
 
-def _memory(per_chip: dict[str, int], names: tuple[str, ...]) -> Table:
+def _memory(per_chip: dict[str, int], title: str) -> Table:
     table = Table()
-    table.add_column("memory of a chip")
+    table.add_column(title)
     table.add_column("bytes", justify="right")
-    for name in names:
-        table.add_row(name.replace("_", " "), gib(per_chip[name]))
+    for name, size in per_chip.items():
+        table.add_row(name.replace("_", " "), gib(size))
     return table
 
 

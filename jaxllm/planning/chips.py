@@ -22,20 +22,23 @@ CHIPS = TPUS | {gpu.name: _chip(gpu) for gpu in GPUS.values()}
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices that are not here, for a compiler that is."""
+    """Devices that are not here, for a compiler that is; or this machine's processor (`cpu`)."""
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
 
 
-def find_topology(name: str) -> Topology:
-    """`v6e:2x2`, `h100:8` and the like. Raises ConfigError if there is no such chip, or nothing that compiles for it."""
+def find_topology(name: str, *, dtype: Any = "bfloat16") -> Topology:
+    """`v6e:2x2`, `h100:8` and the like; or `cpu`, whose speed with weights of `dtype` is measured. Raises ConfigError if there is no such
+    chip, or nothing that compiles for it."""
     chip_name, _, shape = name.partition(":")
+    if chip_name == "cpu":
+        return _this_machine(name, shape, dtype)
     if chip_name not in CHIPS:
         near = difflib.get_close_matches(chip_name, CHIPS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"topology {name!r}: no chip {chip_name!r} is known, but {', '.join(CHIPS)} are{hint}")
+        raise ConfigError(f"topology {name!r}: no chip {chip_name!r} is known, but {', '.join(CHIPS)} and cpu are{hint}")
     chip = CHIPS[chip_name]
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != chip.shape:
         numbers = f"{chip.shape} numbers" if chip.shape > 1 else "one number"
@@ -49,6 +52,8 @@ def find_topology(name: str) -> Topology:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened: other processes may do the same
+    if missing := chip.missing_flags():  # libtpu reads them once: the first topology of a process decides
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {missing}".strip()
     from jax.experimental import topologies
 
     try:
@@ -56,6 +61,16 @@ def find_topology(name: str) -> Topology:
     except Exception as error:  # JAX raises whatever the plugin says
         raise ConfigError(f"topology {name!r} was refused by the compiler; usual ones: {', '.join(chip.usual)} ({error})") from error
     return Topology(name, chip, tuple(description.devices))
+
+
+def _this_machine(name: str, shape: str, dtype: Any) -> Topology:
+    if shape not in ("", "1"):
+        raise ConfigError(f"topology {name!r}: this machine's processor is one device to JAX: cpu")
+    import jax
+
+    from jaxllm.planning.cpus import cpu_chip
+
+    return Topology(name, cpu_chip(dtype), tuple(jax.devices("cpu")[:1]))
 
 
 def _hosts(chip: Chip, shape: str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What a compiled program says of itself, read from its text: `cost_analysis` counts loops once, and vector memory as if it were HBM.
 
 Loops are counted as often as they run. Of a conditional the cheapest branch is: in the engine's steps, that of a batch of greedy
-requests that ask for nothing else.
+requests that ask for nothing else. Of a program for the CPU what crosses memory is what it is given, and what is too large for its
+caches.
 """
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -19,6 +21,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16} | {f"{kind}{bits}": bits for k
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.M)
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_OP_NAME = re.compile(r'op_name="([^"]*)"|$')
 _NAME = re.compile(r"%([\w.\-]+)")
 # As Mosaic writes it, and as our Triton kernels do in their metadata.
 _ESTIMATES = (
@@ -28,6 +31,9 @@ _ESTIMATES = (
 
 # What the TPU's compiler expects an instruction to take, loops once; it says nothing of kernels, nor of sorts.
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+# What a CPU's step makes, and reads again at once, stays in its caches if it is smaller (the last level's share of a core, or more).
+_CPU_CACHE_BYTES = 4 << 20
 
 # JAX's splash attention gives no estimate. Products of [T, T] scores with [T, D] in each of its kernels; they skip the half that
 # causality hides (of what a sliding window hides nothing is taken off).
@@ -56,7 +62,7 @@ class Cost:
     unestimated_bytes: float = 0
     collectives: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
 
-    def add(self, other: "Cost", times: int = 1) -> None:
+    def add(self, other: "Cost", times: float = 1) -> None:
         self.hbm_bytes += times * other.hbm_bytes
         self.kernel_flops += times * other.kernel_flops
         self.product_flops += times * other.product_flops
@@ -83,11 +89,14 @@ class _Op:
     opcode: str
     operands: tuple[str, ...]
     line: str
+    least: int = 0  # bytes that an array must have to be in memory, and not in a cache
 
     @cached_property
     def bytes(self) -> int:
         """Of its results in HBM; arrays in other memories say so in their layout."""
-        return sum(_size(kind, sizes) for kind, sizes, layout in _ARRAY.findall(self.shape) if not re.search(r"S\([1-9]", layout or ""))
+        arrays = _ARRAY.findall(self.shape)
+        sizes = (_size(kind, sizes) for kind, sizes, layout in arrays if not re.search(r"S\([1-9]", layout or ""))
+        return sum(size for size in sizes if size >= self.least)
 
     @cached_property
     def any_bytes(self) -> int:
@@ -100,9 +109,11 @@ class _Op:
 
 
 class Program:
-    """The computations of a program's text, for a TPU or (`platform`) a GPU, where memory space 1 is device memory for collectives."""
+    """The computations of a program's text, for a TPU or (`platform`) a GPU, where memory space 1 is device memory for collectives, or a
+    CPU. `trips`: how often loops run whose ends are not known before they do, by the innermost `jax.named_scope` around them."""
 
-    def __init__(self, text: str, platform: str = "tpu"):
+    def __init__(self, text: str, platform: str = "tpu", trips: Mapping[str, float] | None = None):
+        self._scopes = trips or {}
         if platform == "gpu":
             text = re.sub(r"(\{[\d,:TL()]*)S\(1\)\}", r"\1}", text)
         self._ops: dict[str, dict[str, _Op]] = {}
@@ -114,6 +125,15 @@ class Program:
             self._ops[header[2]] = {op.name: op for op in ops}
             if header[1]:
                 self._entry = header[2]
+        if platform == "cpu":
+            self._keep_in_caches()
+
+    def _keep_in_caches(self) -> None:
+        """Small arrays are not in memory, but for those that the program is given."""
+        for computation, ops in self._ops.items():
+            for name, op in ops.items():
+                if computation != self._entry or op.opcode != "parameter":
+                    ops[name] = replace(op, least=_CPU_CACHE_BYTES)
 
     def cost(self) -> Cost:
         return self._cost(self._entry)
@@ -127,9 +147,9 @@ class Program:
                 branches = [self._cost(name) for name in self._branches(op)]
                 if branches:
                     total.add(min(branches, key=lambda cost: cost.hbm_bytes))
-            elif op.opcode == "call":
-                total.add(self._cost(op.called("to_apply")))
-            elif op.opcode not in _FREE and not op.opcode.endswith("-done"):
+            elif op.opcode in ("call", "call-start", "async-start"):  # the last two: on another thread, as v7x's sparse cores are
+                total.add(self._cost(op.called("to_apply") or op.called("calls")))
+            elif op.opcode not in _FREE and not op.opcode.endswith(("-done", "-update")):
                 moved = total.hbm_bytes
                 self._one(op, ops, total)
                 if match := _CYCLES.search(op.line):
@@ -220,8 +240,10 @@ class Program:
             return min(whole, _scattered(root, ops))
         return whole
 
-    def _trips(self, op: _Op) -> int:
+    def _trips(self, op: _Op) -> float:
         """What the loop's counter is compared with: our loops count up from 0 by 1."""
+        if scopes := [scope for scope in (_OP_NAME.search(op.line)[1] or "").split("/") if scope in self._scopes]:
+            return self._scopes[scopes[-1]]
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.line):
             return int(match[1])
         condition = self._ops.get(op.called("condition") or "", {})

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from jaxllm.pictures import make_figure
-from jaxllm.planning.chips import CHIPS
 from jaxllm.planning.serving import ServingPlan
 from jaxllm.planning.training import TrainingPlan
 
@@ -26,16 +25,16 @@ def plot_plan(plan: ServingPlan | TrainingPlan, title: str = "") -> "Figure":
 
 
 def _roofline(axes: "Axes", plan: ServingPlan | TrainingPlan) -> None:
-    chip = CHIPS[plan.settings["chip"]]
+    name, bandwidth, peak = (plan.settings[key] for key in ("chip", "bandwidth", "peak_flops"))
     names = ("decode", "prefill") if isinstance(plan, ServingPlan) else ("step",)
     steps = {name: step for name in names if (step := getattr(plan, name)) is not None}
-    ridge = chip.flops / chip.bandwidth  # operations a byte at which the two bounds meet
+    ridge = peak / bandwidth  # operations a byte at which the two bounds meet
     ends = [ridge, *(step.flops / step.bytes_moved for step in steps.values())]
     low, high = min(ends) / 4, max(ends) * 4
-    axes.plot([low, ridge, high], [low * chip.bandwidth / 1e12, chip.flops / 1e12, chip.flops / 1e12], color="black", label=chip.name)
-    for name, step in steps.items():
+    axes.plot([low, ridge, high], [low * bandwidth / 1e12, peak / 1e12, peak / 1e12], color="black", label=name)
+    for which, step in steps.items():
         at = step.flops / step.bytes_moved
-        (dot,) = axes.plot(at, step.flops / step.bound_s / 1e12, "o", label=f"{name}, {1e3 * step.bound_s:.3g} ms at least")
+        (dot,) = axes.plot(at, step.flops / step.bound_s / 1e12, "o", label=f"{which}, {1e3 * step.bound_s:.3g} ms at least")
         if step.compiler_s is not None:
             estimate = f"the compiler's estimate, {1e3 * step.compiler_s:.3g} ms"
             axes.plot(at, step.flops / step.compiler_s / 1e12, "x", color=dot.get_color(), label=estimate)

@@ -1,7 +1,6 @@
 """Fine-tuning, planned: the step that the trainer would run, compiled for where it would run it, and what that says."""
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.errors import ConfigError
+from jaxllm.host_memory import total_bytes
 from jaxllm.models import Decoder, ModelConfig
 from jaxllm.planning.abstract import bytes_on_a_device
 from jaxllm.planning.chips import Topology
@@ -69,6 +69,8 @@ def plan_training(config: TrainConfig, model: ModelConfig, topology: Topology) -
     settings = {
         "topology": topology.name,
         "chip": topology.chip.name,
+        "bandwidth": topology.chip.bandwidth,
+        "peak_flops": topology.chip.flops,
         "mesh": {"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor},
         "batch_size": config.batch_size,
         "max_length": config.max_length,
@@ -198,7 +200,7 @@ def measure_step(config: TrainConfig, model: ModelConfig) -> MeasuredStep:
 def _capacity(devices: Sequence[jax.Device]) -> int:
     if (stats := devices[0].memory_stats() if devices[0].platform != "cpu" else None) is not None:
         return int(stats["bytes_limit"])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+    return total_bytes() // len(devices)
 
 
 def _decoder(model: ModelConfig, config: TrainConfig) -> nnx.Module:

@@ -46,6 +46,7 @@ class ExecutableCache:
             "the source of jaxllm": _source(),
             "the processor": _machine(),
             "XLA_FLAGS": str(os.environ.get("XLA_FLAGS")),
+            "LIBTPU_INIT_ARGS": str(os.environ.get("LIBTPU_INIT_ARGS")),
             "jax_default_matmul_precision": str(jax.config.values.get("jax_default_matmul_precision")),
             "the devices": repr((first.client.platform, first.device_kind, len(first.client.devices()))),
             "the runtime": first.client.platform_version,

@@ -18,17 +18,17 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
 from jaxllm.serving.config import EngineConfig
+from jaxllm.serving.defaults import default_batched_tokens, default_page_size, pool_pages, scans_layers
 from jaxllm.serving.find_tokenizer import read_tokenizer
 from jaxllm.serving.kv_cache import cache_dtype, num_cache_heads, page_bytes
 from jaxllm.serving.logits import LogitsProcessor
 from jaxllm.serving.runner import Runner
 from jaxllm.serving.scheduler import SchedulerConfig
 from jaxllm.sharding import ShardingRules, fit_to_model, make_mesh
+from jaxllm.sharding.chips import TPUS
 from jaxllm.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_CPU_CACHE_BYTES = 1 << 30  # of KV cache on the CPU, where memory is everybody's, unless one request of the length asked for needs more
 
 
 @dataclass
@@ -49,11 +49,13 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     """Finds, reads and places the model, and sizes the page pool. Compiles nothing."""
     start = time.perf_counter()
     mesh = make_mesh(tensor=config.tensor_parallel_size)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
+    on_cpu = platform == "cpu"
+    _check_libtpu(mesh.devices.flat[0].device_kind)
     path = resolve_model(config.model)
     source = open_checkpoint(path)
     dtype = _dtype(config.dtype, source.config, on_cpu)
-    scan = config.scan_layers if config.scan_layers is not None else not on_cpu
+    scan = config.scan_layers if config.scan_layers is not None else scans_layers(platform)
     if config.adapter is not None:
         read_adapter_config(config.adapter)  # what is wrong with it is said before the weights are read
     model_config = config_from_hf(source.config)
@@ -68,7 +70,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         model = merge_into(model, config.adapter, base_model=config.model)
 
     kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
-    page_size = config.page_size or (8 if on_cpu else 64)
+    page_size = config.page_size or default_page_size(platform)
     a_page = page_bytes(model_config, num_cache_heads(model_config, rules, mesh), page_size, kv_dtype, mesh)
     max_model_len = _max_model_len(config, model_config)
     num_pages = _num_pages(config, mesh, a_page, page_size, max_model_len)
@@ -81,7 +83,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
         logger.warning("max_model_len is %d, not the model's %d: the KV cache has no room for more", holds, max_model_len)
         max_model_len = holds
     host_pages = _num_host_pages(config, model_config, a_page)
-    batched = config.max_num_batched_tokens or max(512 if on_cpu else 2048, config.max_num_seqs)
+    batched = config.max_num_batched_tokens or default_batched_tokens(platform, config.max_num_seqs)
     longrope = [r.original_max_positions for r in model_config.ropes.values() if r.kind == "longrope"]
     limits = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
@@ -112,6 +114,12 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     eos = tokenizer.eos_token_ids if tokenizer is not None else _as_ids(source.config.get("eos_token_id"))
     exact = on_cpu and dtype == jnp.float32
     return Loaded(runner, limits, num_pages, host_pages, tokenizer, frozenset(eos), time.perf_counter() - start, exact)
+
+
+def _check_libtpu(device_kind: str) -> None:
+    missing = [flags for chip in TPUS.values() if device_kind in chip.device_kinds and (flags := chip.missing_flags())]
+    if missing:
+        logger.warning("start with LIBTPU_INIT_ARGS='%s': without it every step copies all weights on %s", *missing, device_kind)
 
 
 def _programs_dir(folder: str | None) -> Path | None:
@@ -146,10 +154,8 @@ def _num_pages(config: EngineConfig, mesh, a_page: int, page_size: int, max_mode
     if config.kv_cache_memory_bytes is not None:
         return max(2, config.kv_cache_memory_bytes // a_page + 1)
     one = -(-max_model_len // page_size)
-    room = _free_bytes(mesh, config.memory_fraction)
-    if mesh.devices.flat[0].platform == "cpu":
-        room = min(room, max(_CPU_CACHE_BYTES, one * a_page if config.max_model_len is not None else 0))
-    return max(2, min(config.max_num_seqs * one, room // a_page) + 1)
+    room, least = _free_bytes(mesh, config.memory_fraction), one * a_page if config.max_model_len is not None else 0
+    return pool_pages(mesh.devices.flat[0].platform, config.max_num_seqs, one, a_page, room=room, least=least)
 
 
 def _num_host_pages(config: EngineConfig, model: ModelConfig, a_page: int) -> int:

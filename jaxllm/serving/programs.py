@@ -182,6 +182,10 @@ class WholeStep(_Programs):
         self._graph = model.graph
         self.weights, self._tree = jax.tree.flatten(model.params)
 
+    @property
+    def all_weights(self) -> list[jax.Array]:
+        return self.weights
+
     def compile(self, bucket: Bucket, layout: BatchLayout):
         return self.compile_layers(bucket, layout), self.compile_head(bucket.sequences)
 
@@ -227,7 +231,15 @@ class LayerByLayer(_Programs):
         self._graph, ends = nnx.split(decoder, graph=False)
         self.weights, self._tree = jax.tree.flatten(ends)
 
+    @property
+    def all_weights(self) -> list[jax.Array]:
+        return self.weights + [leaf for _, _, _, leaves, _ in self._layers for leaf in leaves]
+
     def compile(self, bucket: Bucket, layout: BatchLayout):
+        return *self.compile_layers(bucket, layout), self.compile_head(bucket.sequences)
+
+    def compile_layers(self, bucket: Bucket, layout: BatchLayout):
+        """The first program, that of each kind of layer, and the last."""
         kv_pages, slots = self.abstract_state
         weights = _abstract(self.weights)
         first = self._compile(f"first {bucket}", partial(self._first, layout), (weights, slots.last_tokens, self._buffer(layout)))
@@ -242,7 +254,7 @@ class LayerByLayer(_Programs):
                 layers[kind] = self._compile(f"layer {kind} {bucket}", function, arguments, donate=(1, 2), shardings=shardings)
         last_rows = lambda x, starts: x[_last_rows({"query_starts": starts})]
         rows = self._compile(f"rows {bucket}", last_rows, (x, batch["query_starts"]))
-        return first, layers, rows, self.compile_head(bucket.sequences)
+        return first, layers, rows
 
     def run(self, program, state: DeviceState, buffer: jax.Array, before_draw: Callable[[], None] | None = None) -> tuple[Drawn, jax.Array]:
         """Starts a step: what it draws, and its hidden states [T, D]. `before_draw` may still change the slots."""

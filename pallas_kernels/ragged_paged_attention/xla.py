@@ -3,7 +3,8 @@
 Both phases run one routine (`_flash`) over blocks: eight sequences by one query for decode, one sequence by `_QUERY_BLOCK`
 queries for prefill. It walks the keys in chunks that start at multiples of the chunk size, with an online softmax (Dao et
 al., arXiv 2205.14135), and its loops run only as far as the sequences really reach: cost follows the tokens that are there,
-not the shapes. Because chunk boundaries depend on positions alone, a row's result does not depend on what shares its batch.
+not the shapes (`loop_trips` says how often each runs, by its name). Because chunk boundaries depend on positions alone, a
+row's result does not depend on what shares its batch.
 """
 
 import jax
@@ -67,11 +68,14 @@ def ragged_paged_attention_xla(q, k, v, kv_pages, page_table, kv_lens, query_sta
             # Rows past the sequence's end are garbage, and the next sequence's blocks overwrite them.
             return jax.lax.dynamic_update_slice_in_dim(out, o[0], row, 0)
 
-        return jax.lax.fori_loop(0, (count + queries - 1) // queries, one_block, out)
+        with jax.named_scope("query_blocks"):
+            return jax.lax.fori_loop(0, (count + queries - 1) // queries, one_block, out)
 
-    out = jax.lax.fori_loop(0, (num_decode + block - 1) // block, decode, out)
+    with jax.named_scope("decode_blocks"):
+        out = jax.lax.fori_loop(0, (num_decode + block - 1) // block, decode, out)
     if not decode_only:
-        out = jax.lax.fori_loop(num_decode, num_sequences, prefill, out)
+        with jax.named_scope("prompts"):
+            out = jax.lax.fori_loop(num_decode, num_sequences, prefill, out)
     return out[:tokens], kv_pages
 
 
@@ -119,7 +123,8 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
 
     shape = (batch, kv_heads, rows)
     carry = (jnp.full((*shape, 1), _MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, head_dim)))
-    top, total, out = jax.lax.fori_loop(start, stop, step, carry)
+    with jax.named_scope("key_chunks"):
+        top, total, out = jax.lax.fori_loop(start, stop, step, carry)
     if sinks is not None:
         sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), rows // group, axis=1)[None, :, :, None]
         new_top = jnp.maximum(top, sink)
@@ -127,3 +132,16 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
         total, out = total * keep + jnp.exp(sink - new_top), out * keep
     out = (out / jnp.where(total == 0, 1.0, total))[:, :, : group * queries]
     return out.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+
+
+def loop_trips(tokens: int, length: int, page_size: int, *, decode: bool, window: int | None = None) -> dict[str, float]:
+    """How often each of the loops above runs, by its name, in the mean: a step of `tokens` tokens, which are as many sequences of `length`
+    tokens by now (`decode`), or prompts of that length from their beginning."""
+    chunk = max(1, _KEY_CHUNK // page_size) * page_size
+    chunks = lambda first, last: last // chunk + 1 - (0 if window is None else max(0, first - window + 1) // chunk)
+    if decode:
+        return {"decode_blocks": -(-tokens // _SEQUENCE_BLOCK), "key_chunks": chunks(length - 1, length - 1), "prompts": 0}
+    length = min(tokens, length)
+    queries = min(_QUERY_BLOCK, tokens)
+    seen = [chunks(first, min(first + queries, length) - 1) for first in range(0, length, queries)]
+    return {"decode_blocks": 0, "prompts": tokens / length, "query_blocks": len(seen), "key_chunks": sum(seen) / len(seen)}

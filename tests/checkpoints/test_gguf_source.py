@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from jaxllm.checkpoints import open_checkpoint
 from jaxllm.checkpoints.gguf_config import ARCHITECTURES
 from jaxllm.errors import CheckpointError
+from jaxllm.launch.plan import read_model_config
+from jaxllm.models import config_from_hf
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -58,6 +60,11 @@ def test_config_of_llama(make_gguf):
         "eos_token_id": [2, 5],
         "pad_token_id": None,
     }
+
+
+def test_a_plan_reads_it(make_gguf):
+    path, _ = make_gguf("llama")
+    assert read_model_config(str(path)) == read_model_config(str(path.parent)) == config_from_hf(open_checkpoint(path).config)
 
 
 def test_an_output_matrix_unties_the_embedding(make_gguf):

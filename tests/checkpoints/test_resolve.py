@@ -27,7 +27,8 @@ results = {}
 for name in json.loads(sys.argv[1]):
     repository, _, revision = name.partition("@")
     try:
-        results[name] = str(resolve_model(repository, revision=revision or None, progress=False))
+        only = "CONFIG_ONLY" in os.environ
+        results[name] = str(resolve_model(repository, revision=revision or None, progress=False, config_only=only))
     except CheckpointError as error:
         results[name] = f"refused: {error}"
 print(json.dumps(results))
@@ -136,6 +137,13 @@ def test_repositories_files_and_refusals(tmp_path, hub):
         assert Path(results["acme/model"]) == model
         why = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in offline else "the Hugging Face Hub cannot be reached"
         assert why in results["acme/other"] and "hf download acme/other" in results["acme/other"]
+
+
+def test_a_configuration_alone(tmp_path, hub):
+    results, _ = resolve_elsewhere(tmp_path, ["acme/model", "acme/pickles", "acme/ggufs"], HF_ENDPOINT=hub, CONFIG_ONLY="1")
+    for name in ("acme/model", "acme/pickles"):
+        assert [file.name for file in Path(results[name]).rglob("*")] == ["config.json"]
+    assert "acme/ggufs has no config.json" in results["acme/ggufs"]
 
 
 def test_local_paths_come_first(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxllm.planning.chips import CHIPS
 from jaxllm.planning.hlo import Collective, Program, memory
 from jaxllm.sharding import make_mesh
+from pallas_kernels.ragged_paged_attention import xla
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,81 @@ def test_programs_of_gpus():
     cost = Program(GPU_TEXT, "gpu").cost()
     assert cost.kernel_flops == 70 and cost.hbm_bytes == 50 + 2 * 64 * 128 * 2
     assert Program(GPU_TEXT).cost().hbm_bytes == 50 + 64 * 128 * 2
+
+
+# As v7x's programs have it: what its sparse cores do meanwhile, a sum over chips here, is a call that is begun, given its operands, ended.
+ASYNC = """HloModule step, is_scheduled=true
+
+%on_sparse_cores (s0: bf16[64,128]) -> bf16[64,128] {
+  %s0 = bf16[64,128]{1,0} parameter(0)
+  ROOT %sum = bf16[64,128]{1,0} all-reduce(%s0), replica_groups={{0,1}}, to_apply=%add
+}
+
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %begun = ((), (), (s32[1]{0:S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%on_sparse_cores
+  %given = ((bf16[64,128]{1,0}), bf16[64,128]{1,0}) call-update(%begun, %a)
+  ROOT %ended = bf16[64,128]{1,0} call-done(%given)
+}
+"""
+
+
+def test_what_runs_meanwhile_is_counted_once():
+    cost = Program(ASYNC).cost()
+    assert cost.list_collectives() == [Collective("all-reduce", 1, 64 * 128 * 2)]
+    assert cost.hbm_bytes == 2 * 64 * 128 * 2  # as if it were not on other cores
+
+
+def test_of_a_cpus_program_what_it_is_given_crosses_memory_and_loops_run_as_often_as_is_told():
+    """Weights are read once, and the rows that a loop gathers from a table as often as it runs; the small sum stays in a cache."""
+
+    def f(w, table, x, turns):
+        with jax.named_scope("rows"):
+            turn = lambda i, x: jnp.tanh(x + table[jnp.arange(64) * 7 + i].sum(0)) @ w
+            return jax.lax.fori_loop(0, turns, turn, x @ w)
+
+    shape = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    text = jax.jit(f).lower(shape(256, 256), shape(1 << 14, 256), shape(8, 256), shape(dtype=jnp.int32)).compile().as_text()
+    once, ten = (Program(text, "cpu", {"rows": times}).cost() for times in (1, 10))
+    rows, weights, products = 64 * 256 * 4, 256 * 256 * 4, 2 * 8 * 256 * 256
+    assert ten.product_flops == 11 * products and once.product_flops == 2 * products
+    assert ten.hbm_bytes - once.hbm_bytes == pytest.approx(9 * rows, rel=0.05)
+    assert weights <= once.hbm_bytes - rows <= 1.1 * weights
+    assert Program(text, "cpu").cost().product_flops == 2 * products  # a loop of which nothing is known counts once
+
+
+@pytest.mark.parametrize(
+    "decode,tokens,length,window",
+    [(True, 11, 300, None), (True, 3, 127, None), (True, 3, 300, 40), (False, 200, 200, 40), (False, 160, 80, None)],
+)
+def test_how_often_attentions_loops_run(decode, tokens, length, window, monkeypatch):
+    turns = []
+
+    def loop(start, stop, body, carry):
+        for i in range(int(start), int(stop)):
+            turns.append(body.__name__)
+            carry = body(i, carry)
+        return carry
+
+    def flash(q, positions, kv_pages, table, kv_lens, start, stop, *rest):
+        turns.extend(["step"] * int(stop - start))
+        return q
+
+    monkeypatch.setattr(xla.jax.lax, "fori_loop", loop)
+    monkeypatch.setattr(xla, "_flash", flash)
+    monkeypatch.setattr(xla, "write_kv", lambda k, v, kv_pages, *rest: kv_pages)
+    sequences, page = (tokens, 16) if decode else (tokens // length, 16)
+    pages = -(-length // page)
+    q, table = jnp.zeros((tokens, 1, 1)), jnp.zeros((sequences, pages), jnp.int32)
+    xla.ragged_paged_attention_xla(
+        q, q, q, jnp.zeros((1, 2, 1, page, 1)), table, jnp.full(sequences, length, jnp.int32),
+        jnp.arange(sequences + 1, dtype=jnp.int32) * (1 if decode else length),
+        jnp.asarray([tokens if decode else 0, sequences], jnp.int32),
+        scale=1.0, window=window, softcap=None, sinks=None, decode_only=decode,
+    )  # fmt: skip
+    trips = xla.loop_trips(tokens, length, page, decode=decode, window=window)
+    assert turns.count("decode") == trips["decode_blocks"]
+    assert turns.count("prefill") == trips["prompts"]
+    blocks = trips["decode_blocks"] if decode else trips["prompts"] * trips["query_blocks"]
+    assert turns.count("one_block") == (0 if decode else blocks)
+    assert turns.count("step") == pytest.approx(blocks * trips["key_chunks"])

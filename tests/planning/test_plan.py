@@ -10,7 +10,8 @@ import pytest
 
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.launch.plan import read_model_config
-from jaxllm.planning import find_topology
+from jaxllm.planning import CHIPS, find_topology
+from jaxllm.serving import loading
 
 REPOSITORY = Path(__file__).parents[2]
 MODELS = REPOSITORY / "configs" / "models"
@@ -44,6 +45,36 @@ def test_llama_3_70b_fits_sixteen_small_chips():
     assert result["fits"] and result["max_sequences"] >= 32
     assert result["per_chip_bytes"]["parameters"] == pytest.approx(70.55e9 * 2 / 16, rel=0.01)
     assert result["decode"]["bytes_moved"] / result["decode"]["bytes_minimum"] <= 1.10
+
+
+@pytest.mark.slow
+def test_v7x_copies_no_weights_and_its_sums_are_seen():
+    """Its weights stay in the tiles in which they come, and its sparse cores add over chips."""
+    pytest.importorskip("libtpu")
+    sizes = ("--max-num-seqs", 16, "--max-model-len", 1024, "--max-num-batched-tokens", 64)
+    result = plan("--model", MODELS / "qwen3-0.6b.yaml", "--topology", "v7x:2x2x1", *sizes)
+    decode = result["decode"]
+    assert result["settings"]["tensor"] == 8  # four chips of two
+    assert decode["bytes_moved"] / decode["bytes_minimum"] <= 1.10
+    assert decode["temporaries"] <= 0.05 * result["per_chip_bytes"]["parameters"]
+    assert [c["count"] for c in decode["collectives"] if c["kind"] == "all-reduce"] == [2 * 28 + 1]
+
+
+def test_what_libtpu_must_be_told(monkeypatch):
+    flag = CHIPS["v7x"].libtpu_flags[0]
+    for said, missing in ((None, flag), ("--xla_other=1", flag), (f"--xla_other=1 {flag}", ""), (flag.replace("false", "true"), "")):
+        monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+        if said is not None:
+            monkeypatch.setenv("LIBTPU_INIT_ARGS", said)
+        assert CHIPS["v7x"].missing_flags() == missing and CHIPS["v6e"].missing_flags() == ""
+
+
+def test_an_engine_on_v7x_says_what_it_misses(monkeypatch, caplog):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    loading._check_libtpu("TPU v6 lite")
+    assert not caplog.text
+    loading._check_libtpu("TPU7x")
+    assert f"LIBTPU_INIT_ARGS='{CHIPS['v7x'].missing_flags()}'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def test_points_and_memory_are_the_plans(tmp_path, fits, estimate):
     step = StepReport(16, 8 * 10**9, 7 * 10**9, 16e9, 0.002, estimate, 8e3, [], 0, 1.0)
     held = {"parameters": 8 * 2**30, "kv_cache": 4 * 2**30, "temporaries": 2**30, "other": 0}
     held |= {"total": 13 * 2**30, "capacity": (16 if fits else 10) * 2**30}
-    figure = plot_plan(ServingPlan(fits, held, step, None, 1, 1.0, None, {"chip": "v5e"}))
+    figure = plot_plan(ServingPlan(fits, held, step, None, 1, 1.0, None, {"chip": "v5e", "bandwidth": 819e9, "peak_flops": 197e12}))
     roof, bar = figure.axes
     points = {line.get_label().partition(",")[0]: line.get_xydata()[0].tolist() for line in roof.lines[1:]}
     assert points["decode"] == pytest.approx([2.0, 8.0])
