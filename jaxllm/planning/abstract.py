@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxllm.checkpoints.load import Model, abstract_decoder
 from jaxllm.models import ModelConfig
+from jaxllm.serving.block_sizes import find_table
 from jaxllm.serving.kv_cache import abstract_kv_pages, cache_dtype
 from jaxllm.serving.programs import DeviceState, WholeStep
 from jaxllm.serving.slot_state import abstract_slots
@@ -47,7 +48,8 @@ def abstract_engine(
     pages = abstract_kv_pages(config, rules, mesh, num_pages, page_size, cache_dtype(kv_cache_dtype, dtype))
     state = DeviceState(pages, abstract_slots(max_num_seqs, max_model_len, config.vocab_size, mesh))
     model = abstract_model(config, mesh, rules, dtype)
-    return WholeStep(model, state, num_pages=num_pages, mesh=mesh, rules=rules, dtype=dtype, max_logprobs=max_logprobs)
+    tuned = find_table(devices[0].device_kind)
+    return WholeStep(model, state, num_pages=num_pages, mesh=mesh, rules=rules, dtype=dtype, max_logprobs=max_logprobs, tuned=tuned)
 
 
 def bytes_on_a_device(tree: Any) -> int:
