@@ -13,12 +13,27 @@ import numpy as np
 
 from pallas_kernels.ragged_paged_attention.stored import as_stored
 from pallas_kernels.ragged_paged_attention.tables import Entry, Table
-from pallas_kernels.ragged_paged_attention.tuning import GpuBlocks, TpuBlocks, Work, gpu_blocks, tpu_blocks, why_illegal
+from pallas_kernels.ragged_paged_attention.tuning import (
+    GpuBlocks,
+    TpuBlocks,
+    Work,
+    decode_splits,
+    fewer_rows,
+    gpu_blocks,
+    tpu_blocks,
+    why_illegal,
+)
 
 _GAIN = 0.97  # of the time of the best so far: less of a difference may be noise
 _ENOUGH_S = 0.02  # that one measurement takes at least
-_POWERS = (16, 32, 64, 128, 256)
-_GPU_FIELDS = {"keys": _POWERS, "rows": _POWERS, "warps": (1, 2, 4, 8, 16), "stages": (1, 2, 3, 4), "split": (256, 512, 1024, 2048)}
+_QUERIES = (16, 32, 64, 128, 256)
+_GPU_FIELDS = {
+    "keys": (16, 32, 64, 128),
+    "rows": (16, 32, 64, 128, 256),
+    "warps": (1, 2, 4, 8, 16),
+    "stages": (1, 2, 3, 4),
+    "split": (256, 512, 1024, 2048),
+}
 _BLOCK_KEYS = (64, 128, 256, 512, 1024, 2048)  # of a TPU's block, in pages
 
 
@@ -74,14 +89,25 @@ def tune(
 def candidates(work: Work, blocks: Blocks, field: str, load: Load) -> list[Blocks]:
     """Blocks that differ in one number, are legal, and do not come to the same with as few keys and tokens as are measured with."""
     if isinstance(blocks, TpuBlocks):
-        columns = -(-load.keys // work.page_size)
-        values = {"pages": [min(max(1, keys // work.page_size), columns) for keys in _BLOCK_KEYS], "queries": _POWERS}[field]
-        most = {"pages": columns, "queries": max(16, load.tokens)}[field]
+        values = {"pages": [max(1, keys // work.page_size) for keys in _BLOCK_KEYS], "queries": _QUERIES}[field]
     else:
         values = _GPU_FIELDS[field]
-        most = {"keys": load.keys, "rows": max(16, load.tokens * work.group), "split": max(load.keys, blocks.split)}.get(field, 16)
-    found = (blocks._replace(**{field: value}) for value in values if value <= most)
-    return [other for other in dict.fromkeys(found) if other != blocks and why_illegal(work, other) is None]
+    found = {}
+    for other in (blocks._replace(**{field: value}) for value in values):
+        if why_illegal(work, other) is None:
+            found.setdefault(_as_measured(work, other, load), other)
+    found.pop(_as_measured(work, blocks, load), None)
+    return list(found.values())
+
+
+def _as_measured(work: Work, blocks: Blocks, load: Load) -> Blocks:
+    """What the kernel makes of them."""
+    keys = -(-load.keys // work.page_size) * work.page_size
+    if isinstance(blocks, TpuBlocks):
+        return TpuBlocks(min(blocks.pages, keys // work.page_size), min(blocks.queries, -(-load.tokens // 16) * 16))
+    if work.kernel == "chunks":
+        return fewer_rows(blocks, work, load.tokens)
+    return blocks._replace(split=min(keys, decode_splits(keys, blocks)[1]))
 
 
 class _Measurement:
