@@ -110,10 +110,8 @@ def test_whatever_is_put_together(implementation, case, batch):
 def test_each_device_attends_with_its_own_heads(implementation):
     """Under `shard_map`, as the engine does with tensor parallelism: the very bits of one device."""
     q, k, v, pages, *rest = make_batch((3, [1] * 3 + [20], [5, 60, 37, 13], 0), 16, 4, 2, 128)
-    interpret = test_tpu_kernels.INTERPRET if implementation == "tpu" else True
-    attend = partial(
-        api._function(implementation), scale=0.1, window=None, softcap=None, sinks=None, decode_only=False, interpret=interpret
-    )
+    options = dict(scale=0.1, window=None, softcap=None, sinks=None, decode_only=False, interpret=True)
+    attend = partial(api._function(implementation), **options)
     heads, of_pages, whole = PartitionSpec(None, "x"), PartitionSpec(None, None, "x"), PartitionSpec()
     specs = (heads, heads, heads, of_pages, whole, whole, whole, whole)
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
