@@ -25,7 +25,9 @@ test-gpu-aot: .venv-gpu/.done
 
 .venv-gpu/.done: pyproject.toml constraints.txt
 	@python=$${PYTHON:-$$(.ci/find-python)} && "$$python" -m venv .venv-gpu
-	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,cuda]"
+	@echo "installing jax's CUDA plugin into .venv-gpu (5 GB; some minutes)"
+	@.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cuda]" \
+		pytest hypothesis || { echo "the CUDA plugin could not be installed: is there a package registry, and 7 GB of disk?" >&2; exit 1; }
 	@touch $@
 
 lint: $(VENV)/.dev

@@ -39,6 +39,7 @@ COMMANDS = {
     "compile": ("jaxllm.launch.compile", "Compile every program of an engine and write them to a folder, to start from."),
     "plan": ("jaxllm.launch.plan", "Tell whether a model fits TPUs or GPUs that are not here, and how fast they could serve it."),
     "kernels": ("jaxllm.launch.kernels", "Compile the attention kernels for chips that are not here, and list what compiles."),
+    "tune-kernels": ("jaxllm.launch.tune_kernels", "Measure the attention kernels' best block sizes on this TPU or GPU."),
     "simulate": ("jaxllm.launch.simulate", "Run the scheduler without a device: serve a trace, or derive a recorded run's plans again."),
     "study": ("jaxllm.launch.study", "Compare scheduling policies over workloads, batch sizes and loads, without a device."),
     "sweep": ("jaxllm.launch.sweep", "Tell how much load each scheduling policy bears at equal latency, without a device."),

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxllm.checkpoints.load import Model, abstract_decoder
 from jaxllm.models import ModelConfig
+from jaxllm.serving.block_sizes import find_table
 from jaxllm.serving.defaults import pool_pages, scans_layers
 from jaxllm.serving.kv_cache import abstract_kv_pages, cache_dtype, num_cache_heads, page_bytes
 from jaxllm.serving.programs import DeviceState, LayerByLayer, WholeStep
@@ -49,9 +50,10 @@ def abstract_engine(
     num_pages = pool_pages(devices[0].platform, max_num_seqs, of_one, a_page, least=of_one * a_page)
     pages = abstract_kv_pages(config, rules, mesh, num_pages, page_size, kv_dtype)
     state = DeviceState(pages, abstract_slots(max_num_seqs, max_model_len, config.vocab_size, mesh))
+    tuned = find_table(devices[0].device_kind)
     scan = scans_layers(devices[0].platform)
     model, way = abstract_model(config, mesh, rules, dtype, scan_layers=scan), WholeStep if scan else LayerByLayer
-    return way(model, state, num_pages=num_pages, mesh=mesh, rules=rules, dtype=dtype, max_logprobs=max_logprobs)
+    return way(model, state, num_pages=num_pages, mesh=mesh, rules=rules, dtype=dtype, max_logprobs=max_logprobs, tuned=tuned)
 
 
 def bytes_on_a_device(tree: Any) -> int:

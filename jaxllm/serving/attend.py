@@ -10,17 +10,19 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxllm.errors import ConfigError
 from jaxllm.models.layers import Attend
 from jaxllm.sharding import ShardingRules
-from pallas_kernels.ragged_paged_attention import best_implementation, ragged_paged_attention, unsupported
+from pallas_kernels.ragged_paged_attention import Table, best_implementation, ragged_paged_attention, unsupported
 
 logger = logging.getLogger(__name__)
 
 
 def paged_attend(
-    page_table, kv_lens, query_starts, counts, *, num_pages: int, mesh: Mesh, rules: ShardingRules, decode_only: bool, backend: str = "auto"
-) -> Attend:
+    page_table, kv_lens, query_starts, counts, *, num_pages: int, mesh: Mesh, rules: ShardingRules, decode_only: bool,
+    backend: str = "auto", tuned: Table | None = None,
+) -> Attend:  # fmt: skip
     """`attend` for a step whose sequences are described as in `ragged_paged_attention`; the cache is its `kv_pages`.
 
     `backend`: auto, or an implementation that is to be taken whatever the device is (ConfigError where it cannot be).
+    `tuned`: the kernels' block sizes on these devices, if they were measured.
     Each device attends with its own heads: nothing crosses between devices here.
     """
     shards = 1 if rules.heads is None else mesh.shape[rules.heads]
@@ -30,8 +32,8 @@ def paged_attend(
         if k.shape[1] < shards:  # fewer key/value heads than devices: repeat them, one to a device
             k, v = (jnp.repeat(t, shards // t.shape[1], axis=1) for t in (k, v))
         implementation = _implementation(backend, device, *kv_pages.shape[3:], kv_pages.dtype)
-        options = dict(scale=scale, window=window, softcap=softcap, decode_only=decode_only, implementation=implementation)
-        op = partial(ragged_paged_attention, **options)
+        options = dict(scale=scale, window=window, softcap=softcap, decode_only=decode_only)
+        op = partial(ragged_paged_attention, **options, implementation=implementation, tuned=tuned)
         if shards > 1:
             heads, pages, whole = PartitionSpec(None, rules.heads), PartitionSpec(None, None, rules.heads), PartitionSpec()
             op = jax.shard_map(

@@ -21,7 +21,8 @@ class EngineConfig:
       adapter: a folder in PEFT's format whose adapter (LoRA, DoRA or IA3) is merged into the weights at load, so that it costs nothing.
       dtype: of weights and KV cache; `auto` is the checkpoint's own on TPU and GPU, and float32 on the CPU.
       kv_cache_dtype: of the KV cache; `auto` is dtype, `fp8` (or `fp8_e4m3`) float8_e4m3fn: half of bfloat16's memory, with four
-        significant bits; keys and values are stored as they are (scale 1), those beyond 448 as 448.
+        significant bits; keys and values are stored as they are (scale 1), those beyond 448 as 448. int8 would need scales that
+        checkpoints do not bring, and is refused.
       attention_backend: `auto` takes the device's own kernels where they can do it, and says why where not; `xla` runs everywhere.
       tensor_parallel_size: devices that share each layer.
       max_model_len: tokens of prompt and output together that a request may have.

@@ -24,6 +24,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from jaxllm.serving.bundle import read_manifest
+from pallas_kernels.ragged_paged_attention import Table
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,22 @@ _PACKAGES = ("jaxllm/models", "jaxllm/serving", "jaxllm/sharding", "pallas_kerne
 
 
 class ExecutableCache:
-    """Programs in `folder`, for one engine. `made_from`: all that its programs depend on besides what is the same for every engine.
+    """Programs in `folder`, for one engine. `made_from`: all that its programs depend on besides what is the same for every engine;
+    `tuned`: the kernels' block sizes, if they were measured.
 
     Those that are in `bundle`, a folder that `write_manifest` has finished, are taken from there. A bundle that was made from
     something else, or is damaged, is not used, which is logged with the reason.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, mesh: Mesh, made_from: Any, *, bundle: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        mesh: Mesh,
+        made_from: Any,
+        *,
+        tuned: Table | None = None,
+        bundle: str | os.PathLike | None = None,
+    ):
         self._folder, self._devices = None if folder is None else Path(folder), list(mesh.devices.flat)
         first = self._devices[0]
         self.made_from = {
@@ -51,6 +61,7 @@ class ExecutableCache:
             "the devices": repr((first.client.platform, first.device_kind, len(first.client.devices()))),
             "the runtime": first.client.platform_version,
             "the mesh": repr(([d.id for d in self._devices], mesh.axis_names, mesh.devices.shape)),
+            "the kernels' block sizes": "a heuristic's" if tuned is None else tuned.digest,
             "the model and the engine's settings": repr(made_from),
         }
         self._key = repr(self.made_from)

@@ -31,6 +31,7 @@ from jaxllm.serving.pooling import PROMPT_BLOCK
 from jaxllm.serving.sampling import SamplingArrays, sample
 from jaxllm.serving.slot_state import LOGPROBS, SlotState
 from jaxllm.sharding import ShardingRules
+from pallas_kernels.ragged_paged_attention import Table
 
 _ATTEND = ("page_table", "kv_lens", "query_starts", "counts")
 _HEAD = tuple(sorted({*SamplingArrays._fields, "slots", "num_prompt", "features", "processor", "presence", "frequency", "repetition"}))
@@ -66,6 +67,7 @@ class _Programs:
         dtype,
         max_logprobs: int,
         attention_backend: str = "auto",
+        tuned: Table | None = None,
         processors: Sequence[LogitsProcessor] = (),
         cache: ExecutableCache | None = None,
     ):
@@ -74,7 +76,7 @@ class _Programs:
         self.pages_sharding = state.kv_pages.sharding
         self.num_logprobs = min(max_logprobs, model.config.vocab_size)
         self._dtype, self._cache = dtype, cache
-        self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules, backend=attention_backend)
+        self._attend = partial(paged_attend, num_pages=num_pages, mesh=mesh, rules=rules, backend=attention_backend, tuned=tuned)
         self.abstract_state = _abstract((state.kv_pages, state.slots))
         self._processors = tuple(processors)
         self._heads: dict[int, Future] = {}

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxllm.checkpoints.load import Model
 from jaxllm.errors import ConfigError
 from jaxllm.serving.batch import Bucket, make_buckets, pick_bucket, step_layout
+from jaxllm.serving.block_sizes import find_table
 from jaxllm.serving.copy_pages import CopyPages
 from jaxllm.serving.executables import ExecutableCache
 from jaxllm.serving.host_pages import HostPages
@@ -121,7 +122,8 @@ class Runner:
         if bundle is not None and self.processors:
             raise ConfigError(f"the bundle {bundle} has no programs with logits_processors in them: leave out one or the other")
         kept = (cache_dir is not None or bundle is not None) and not self.processors
-        self.cache = ExecutableCache(cache_dir, mesh, made_from, bundle=bundle) if kept else None
+        tuned = find_table(mesh.devices.flat[0].device_kind)
+        self.cache = ExecutableCache(cache_dir, mesh, made_from, tuned=tuned, bundle=bundle) if kept else None
         self.programs = way(
             model,
             self.state,
@@ -130,6 +132,7 @@ class Runner:
             rules=rules,
             dtype=dtype,
             attention_backend=attention_backend,
+            tuned=tuned,
             max_logprobs=max_logprobs,
             processors=tuple(self.processors.values()),
             cache=self.cache,

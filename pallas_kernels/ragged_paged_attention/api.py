@@ -1,13 +1,18 @@
 """The op: checks, and the choice of an implementation."""
 
+from __future__ import annotations
+
 import importlib.util
 from functools import cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.tuning import LANES, tile_rows
+
+if TYPE_CHECKING:
+    from pallas_kernels.ragged_paged_attention.tables import Table
 
 Implementation = Literal["xla", "tpu", "gpu"]
 
@@ -29,6 +34,7 @@ def ragged_paged_attention(
     kv_scales: jax.Array | None = None,
     decode_only: bool = False,
     implementation: Implementation | None = None,
+    tuned: Table | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes new keys and values into their pages, and attends causally; PagedAttention (Kwon et al., arXiv 2309.06180).
 
@@ -54,6 +60,8 @@ def ragged_paged_attention(
       decode_only: no sequence has more than one new token (counts[0] == counts[1]): the program is half the size.
       implementation: None picks one by JAX's default platform and what it can do: `xla` runs everywhere, `tpu` are Mosaic kernels,
         `gpu` are Triton kernels.
+      tuned: sizes of blocks that were measured on the device (`tables.read_table`); what it does not have, a heuristic says. Other
+        sizes add up in another order.
 
     Returns:
       (out [T, Hq, D], kv_pages). Rows of `out` past the last token are unspecified but finite.
@@ -96,6 +104,8 @@ def ragged_paged_attention(
         k, v = (x.astype(jnp.float32) / s[:, None] for x, s in zip((k, v), kv_scales, strict=True))
         q = (q.astype(jnp.float32) * of_heads[0]).astype(q.dtype)
     options = dict(scale=scale, window=window, softcap=softcap, sinks=sinks, decode_only=decode_only)
+    if implementation != "xla":  # it has no blocks
+        options["tuned"] = tuned
     out, kv_pages = _function(implementation)(q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, **options)
     out = out[..., :head_dim]
     if kv_scales is not None:

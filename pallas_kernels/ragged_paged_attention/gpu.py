@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.ragged_paged_attention.items import expand, token_places
 from pallas_kernels.ragged_paged_attention.stored import LIMITS, as_stored
-from pallas_kernels.ragged_paged_attention.tuning import GpuBlocks, chunk_blocks, decode_blocks, decode_splits
+from pallas_kernels.ragged_paged_attention.tuning import GpuBlocks, Work, decode_splits, fewer_rows, gpu_blocks
 
 _MASKED = -1e30  # finite: a block in which a row sees nothing must not make NaN
 _LOG2_E = math.log2(math.e)  # a GPU has an instruction for 2**x
@@ -27,8 +27,9 @@ _WRITTEN = 16  # tokens that a block of the first launch writes
 
 
 def ragged_paged_attention_gpu(
-    q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks, decode_only, interpret=False
-):
+    q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks, decode_only,
+    tuned=None, interpret=False,
+):  # fmt: skip
     """See `api.ragged_paged_attention`."""
     if q.dtype != kv_pages.dtype and kv_pages.dtype not in LIMITS:
         raise ValueError(f"queries of {q.dtype} over pages of {kv_pages.dtype}: the GPU kernels need them alike, implementation='xla' not")
@@ -37,7 +38,7 @@ def ragged_paged_attention_gpu(
     k, v = as_stored(k, kv_pages.dtype), as_stored(v, kv_pages.dtype)
     kv_pages = _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, interpret)
     out = jnp.zeros(q.shape, q.dtype)  # each launch fills in its own rows
-    options = dict(scale=scale, window=window, softcap=softcap, interpret=interpret)
+    options = dict(scale=scale, window=window, softcap=softcap, tuned=tuned, interpret=interpret)
     out = _decode(q, kv_pages, page_table, kv_lens, counts, sinks, out, **options)
     if not decode_only:
         out = _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, out, **options)
@@ -121,12 +122,12 @@ def _attend(q, positions, pages, table, n, h, low, high, top, total, out, *, key
 # Decode: a token a sequence. A block of the grid is a sequence, a kv head and a part of the keys.
 
 
-def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, out, *, scale, window, softcap, interpret):
+def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, out, *, scale, window, softcap, tuned, interpret):
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences, most_keys = page_table.shape[0], page_table.shape[1] * page_size
-    blocks = decode_blocks(num_heads // num_kv_heads, head_dim, q.dtype)
-    splits, split = decode_splits(most_keys, blocks.keys)
+    blocks = gpu_blocks(Work.of("decode", q, kv_pages), tuned)
+    splits, split = decode_splits(most_keys, blocks)
     # With a window, a sequence has keys in a few splits only: those are numbered from the first.
     used = splits if window is None else min(splits, -(-window // split) + 1)
     seen = most_keys if window is None else min(most_keys, window)
@@ -213,11 +214,12 @@ def _combine_kernel(counts, kv_lens, parts, stats, *rest, split, window, with_si
 # Chunks: an item is some tokens of one sequence; its rows are those tokens' query heads that share a kv head.
 
 
-def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, out, *, scale, window, softcap, interpret):
+def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, out, *, scale, window, softcap, tuned, interpret):
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences, group = page_table.shape[0], num_heads // num_kv_heads
-    blocks = chunk_blocks(group, head_dim, q.dtype, tokens)
+    work = Work.of("chunks", q, kv_pages)
+    blocks = fewer_rows(gpu_blocks(work, tuned), work, tokens)
     size = blocks.rows // group  # tokens of an item
     n = jnp.arange(sequences)
     number = query_starts[1:] - query_starts[:-1]

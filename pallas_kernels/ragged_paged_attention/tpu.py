@@ -13,16 +13,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.items import expand
 from pallas_kernels.ragged_paged_attention.stored import LIMITS, as_stored
-from pallas_kernels.ragged_paged_attention.tuning import LANES, pages_per_block, queries_per_block, tile_rows
+from pallas_kernels.ragged_paged_attention.tuning import LANES, VMEM_BYTES, TpuBlocks, Work, tile_rows, tpu_blocks
 
 _MASKED = -1e30  # finite: a block in which a row sees nothing must not make NaN
 _WAVE = 32  # pieces of pages that are rewritten at a time
-_VMEM_BYTES = 32 * 2**20
 
 
 def ragged_paged_attention_tpu(
-    q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks, decode_only, interpret=False
-):
+    q, k, v, kv_pages, page_table, kv_lens, query_starts, counts, *, scale, window, softcap, sinks, decode_only,
+    tuned=None, interpret=False,
+):  # fmt: skip
     """See `api.ragged_paged_attention`."""
     tokens, num_heads, _ = q.shape
     tile = tile_rows(kv_pages.dtype)
@@ -31,7 +31,7 @@ def ragged_paged_attention_tpu(
     kv_pages = _write(k, v, kv_pages, page_table, kv_lens, query_starts, counts, decode_only=decode_only, interpret=interpret)
     sinks = jnp.full(num_heads, _MASKED, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     sinks = jnp.broadcast_to(sinks[:, None], (num_heads, LANES))
-    options = dict(scale=scale, window=window, softcap=softcap, interpret=interpret)
+    options = dict(scale=scale, window=window, softcap=softcap, tuned=tuned, interpret=interpret)
     out = _decode(q, kv_pages, page_table, kv_lens, counts, sinks, **options)
     rows = jnp.arange(tokens)[:, None, None]
     if decode_only:
@@ -186,7 +186,7 @@ def _start_state(sinks, rows_each, top, total, out):
 # Decode: a token a sequence. A step of the grid is a sequence; the copies run ahead from one sequence into the next.
 
 
-def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, softcap, interpret):
+def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, softcap, tuned=None, interpret):
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences = page_table.shape[0]
@@ -202,14 +202,14 @@ def _decode(q, kv_pages, page_table, kv_lens, counts, sinks, *, scale, window, s
             in_specs=[block, pl.BlockSpec((num_heads, LANES), lambda n, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
-                *_buffers(kv_pages, page_table),
+                *_buffers(kv_pages, page_table, tpu_blocks(Work.of("decode", q, kv_pages), tuned)),
                 pltpu.SMEM((1,), jnp.int32),
                 *_state(num_heads, head_dim),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((sequences, num_heads, head_dim), q.dtype),
         cost_estimate=_cost(q, kv_pages, keys, 1, sequences, window),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_decode",
     )(page_table, kv_lens, counts, q[:sequences], sinks, kv_pages)
@@ -272,11 +272,12 @@ def _decode_kernel(
 # Chunks: an item is a block of query rows with one of the sequences in it; blocks in which sequences meet come once for each.
 
 
-def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, scale, window, softcap, interpret):
+def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, scale, window, softcap, tuned=None, interpret):
     tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, _ = kv_pages.shape
     sequences = page_table.shape[0]
-    size = queries_per_block(num_heads, tokens)
+    sizes = tpu_blocks(Work.of("chunks", q, kv_pages), tuned)
+    size = min(sizes.queries, -(-tokens // 16) * 16)
     padded = -(-tokens // size) * size
     by_head = jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0))).transpose(1, 0, 2)
 
@@ -297,13 +298,13 @@ def _chunks(q, kv_pages, page_table, kv_lens, query_starts, counts, sinks, *, sc
             in_specs=[block, pl.BlockSpec((num_heads, LANES), lambda i, *_: (0, 0)), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=block,
             scratch_shapes=[
-                *_buffers(kv_pages, page_table),
+                *_buffers(kv_pages, page_table, sizes),
                 *_state(num_heads * size, head_dim),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(by_head.shape, q.dtype),
         cost_estimate=_cost(q, kv_pages, keys, size, padded // size, window),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="paged_attention_chunks",
     )(item_block, owner, total, page_table, kv_lens, query_starts, by_head, sinks, kv_pages)
@@ -367,10 +368,9 @@ def _chunk_kernel(
         o[...] = jnp.where((rows >= begin) & (rows < end), result, o[...])
 
 
-def _buffers(kv_pages: jax.Array, page_table: jax.Array) -> list:
+def _buffers(kv_pages: jax.Array, page_table: jax.Array, sizes: TpuBlocks) -> list:
     """Two blocks of pages, one to compute on while the other is filled, and what tells when each is."""
-    _, _, num_kv_heads, page_size, head_dim = kv_pages.shape
-    pages = min(pages_per_block(page_size, num_kv_heads, head_dim, kv_pages.dtype), page_table.shape[1])
+    pages = min(sizes.pages, page_table.shape[1])
     return [pltpu.VMEM((2, pages, *kv_pages.shape[1:]), kv_pages.dtype), pltpu.SemaphoreType.DMA((2,))]
 
 

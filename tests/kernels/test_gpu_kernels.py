@@ -11,7 +11,7 @@ from test_ragged_paged_attention import COLUMNS, batches, make_batch
 
 from pallas_kernels.ragged_paged_attention.gpu import ragged_paged_attention_gpu
 from pallas_kernels.ragged_paged_attention.reference import ragged_paged_attention_reference
-from pallas_kernels.ragged_paged_attention.tuning import decode_splits
+from pallas_kernels.ragged_paged_attention.tuning import Work, decode_splits, gpu_blocks
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")  # what chips run is not compiled here: this is the interpreter
 
@@ -56,7 +56,7 @@ def test_matches_reference(heads, kv_heads, head_dim, page_size, options, batch)
 @settings(max_examples=2, deadline=None)
 @given(batch=batches(128))
 def test_keys_that_are_split(options, batch):
-    assert decode_splits(COLUMNS * 128, 64)[0] == 6
+    assert decode_splits(COLUMNS * 128, gpu_blocks(Work("decode", 2, 1, 16, 128, "float32", "float32")))[0] == 6
     check(make_batch(batch, 128, 2, 1, 16), atol=1e-5, **options)
 
 
