@@ -15,7 +15,7 @@ ORACLE = "srpt"  # it is told how long outputs will be
 # `adaptive`'s index with nothing to hold it back: near the least mean JCT that can be had without being told (Gittins's index is optimal
 # for one server: Aalto et al., 2009), whatever becomes of the longest.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gittins": ("adaptive", {"most_s": 1e6, "reach": 1e3, "margin": 0.0, "seniority": 0.0, "shortness": 0.0}),
+    "gittins": ("adaptive", {"most_s": 1e6, "reach": 1e3, "margin": 0.0, "seniority": 0.0, "shortness": 0.0, "flatness": 1.0}),
 }
 FIGURES = ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s")
 LEAST = "least"  # no policy, but what none can do better than (`bounds.py`)
