@@ -12,9 +12,11 @@ from jaxllm.simulation.runs import Requests, Results, Run
 
 DEPLOYED = ("fcfs", "hrrn", "mlfq")  # what others' engines have; priority is fcfs where all priorities are alike
 ORACLE = "srpt"  # it is told how long outputs will be
+TOLD = (ORACLE, "aged")
 # `adaptive`'s index with nothing to hold it back: near the least mean JCT that can be had without being told (Gittins's index is optimal
 # for one server: Aalto et al., 2009), whatever becomes of the longest.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "aged": (ORACLE, {"ageing": 3.0}),  # what can be had by who is told, and lets nobody wait for ever
     "gittins": ("adaptive", {"most_s": 1e6, "reach": 1e3, "margin": 0.0, "seniority": 0.0, "shortness": 0.0, "flatness": 1.0}),
 }
 FIGURES = ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s")
@@ -84,7 +86,7 @@ def _run(alone: Run, rate: float, policy: str, options: dict[str, dict[str, Any]
     if policy == LEAST:
         return replace(alone, rate=rate)
     name, constants = VARIANTS.get(policy, (policy, options.get(policy, {})))
-    return replace(alone, rate=rate, policy=name, options=tuple(constants.items()), tell_lengths=policy == ORACLE)
+    return replace(alone, rate=rate, policy=name, options=tuple(constants.items()), tell_lengths=policy in TOLD)
 
 
 def judge(case: Case, policy: str = "adaptive") -> dict[str, tuple[float, bool]]:

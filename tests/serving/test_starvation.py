@@ -15,7 +15,7 @@ OPTIONS = {
     "mlfq": dict(first_quantum_s=0.1, step_s=0.01, prompt_token_s=0.001, starvation_s=0.6, levels=4),
     "hrrn": dict(review_s=0.01),
     "sjf": dict(review_s=0.01, ageing=20.0),
-    "srpt": dict(review_s=0.01, gain=1.0),
+    "srpt": dict(review_s=0.01, gain=1.0, ageing=20.0),
     "vtc": dict(review_s=0.01),
     "adaptive": dict(review_s=0.01, margin=0.0, most_s=0.5, seniority=1.0, reach=0.05),
 }
@@ -52,14 +52,12 @@ class Watched(FakeEngine):
             return y.level == 0 or x.turn > self.now - policy.starvation_s
         if name == "hrrn":
             return (self.now - y.arrived) / y.spent >= (self.now - x.arrived) / x.spent - 1e-9
-        if name == "sjf":  # its work is at most that of its prompt and of its max_tokens
+        if name in ("sjf", "srpt"):  # its work is at most that of its prompt and of its max_tokens
             return later_s <= (policy.prompt_weight * x.num_tokens + x.max_tokens) / policy.ageing + 1e-9
         if name == "vtc":
             return y.tenant is not x.tenant or earlier or bool(y.preemptions or x.preemptions)
-        if name == "adaptive":
-            return later_s <= policy.most_s + policy.seniority * y.service + 1e-9
-        assert name == "srpt"  # it promises nothing: an oracle
-        return True
+        assert name == "adaptive"
+        return later_s <= policy.most_s + policy.seniority * y.service + 1e-9
 
 
 ARRIVALS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 16), st.integers(0, 2)), min_size=4, max_size=24)
@@ -73,7 +71,7 @@ def test_nobody_is_overtaken_beyond_the_policys_bound(policy):
     @given(ARRIVALS, st.integers(1, 3))
     def lives(arrivals, places):
         config = limits(max_num_seqs=places, max_num_batched_tokens=40, policy=policy, policy_options=OPTIONS.get(policy, {}))
-        engine = Watched(config, 400)
+        engine = Watched(config, 40)
         for k, (pause, prompt, outputs, kind) in enumerate(arrivals):
             for _ in range(pause):
                 engine.step(seconds=STEP_S)

@@ -36,7 +36,7 @@ class Adaptive(Policy):
     "Between nothing and the longest, handicaps rise by the work to this power, or to that of the part of it that is a surprise, if larger."
     shortness: float = 1.25
     "0 is best for the mean time to completion, 1 for the mean of that time per token."
-    patience: float = 7.5
+    patience: float = 7.0
     "The longest handicap, in mean times that requests ran for: who came so much earlier goes first, whatever it is."
     backlog: float = 0.4
     "But at least so much of the time that the one who came first of those who wait has been here: what is little under overload."
