@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ class Config(Command):
     "Of each run."
     mlfq_starvation_s: float = 30.0
     "mlfq's alpha; with the 3 s of FastServe's artifact it does little but recompute under load."
+    processes: int = 1
+    "That runs are made in."
+    keep: str | None = None
+    "Keep the result of each run in this file (.jsonl), and take from it what it has: a study that was broken off goes on."
+    table: str | None = None
+    "Write the figures, by fcfs's, as a table in Markdown to this file (.md)."
     plot: str | None = None
     "Draw normalized latency against load, a panel for each workload and batch size, to this file (.png, .svg)."
 
@@ -50,7 +56,11 @@ class Config(Command):
         check_picture(self.plot)
         if "fcfs" not in self.policy.split(","):
             raise ConfigError("policy must have fcfs in it: the others are measured by it")
-        for name in ("seeds", "num_requests", "mlfq_starvation_s"):
+        for name, ending in (("keep", ".jsonl"), ("table", ".md")):
+            path = getattr(self, name)
+            if path is not None and not (path.endswith(ending) and Path(path).absolute().parent.is_dir()):
+                raise ConfigError(f"{name} must be a {ending} file in a folder that is there, got {path}")
+        for name in ("seeds", "num_requests", "mlfq_starvation_s", "processes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("batch_sizes", "loads"):
@@ -59,28 +69,28 @@ class Config(Command):
 
 
 def run(config: Config) -> dict[str, Any]:
-    from jaxllm.simulation import Arrivals, cost_model, draw_workload, read_trace
     from jaxllm.simulation.plots import curves
-    from jaxllm.simulation.study import ORACLE, judge, study
+    from jaxllm.simulation.runs import Requests, results
+    from jaxllm.simulation.study import ORACLE, judge, markdown, study
     from jaxllm.simulation.sweep import LATENCY
 
     policies = [name.strip() for name in config.policy.split(",")]
-    opt, llama = cost_model("opt-13b/a100"), cost_model("llama-8b/h100")
-    draw = lambda seed, name: draw_workload(name, config.num_requests, Arrivals(), seed=seed, max_model_len=opt.max_model_len)
-    workloads = {name: (partial(draw, name=name), opt) for name in config.workload}
-    for path in config.trace:
-        whole, _ = read_trace(path).fitting(llama.max_model_len)
-        if len(whole) < config.seeds * config.num_requests:
-            raise ConfigError(f"{path} has {len(whole)} requests, fewer than seeds * num_requests = {config.seeds * config.num_requests}")
-        workloads[Path(path).stem] = (lambda seed, whole=whole: whole.part(seed * config.num_requests, config.num_requests), llama)
+    requests = [Requests(name, "opt-13b/a100", config.num_requests) for name in config.workload]
+    requests += [Requests(path, "llama-8b/h100", config.num_requests) for path in config.trace]
+    for kind in requests:
+        kind.check(config.seeds)
     mlfq = {"mlfq": {"starvation_s": config.mlfq_starvation_s}}
     settings = dict(max_num_batched_tokens=512, page_size=16, options=mlfq, seeds=range(config.seeds))
-    cases, met, panels = [], {}, {}
-    for case in study(workloads, policies=policies, batch_sizes=config.batch_sizes, loads=config.loads, **settings):
+    settings |= dict(policies=policies, batch_sizes=config.batch_sizes, loads=config.loads)
+    with results(config.processes, config.keep) as made:
+        cases = list(study(requests, made, **settings, done=_progress()))
+    rows, met, panels = [], {}, {}
+    for case in cases:
         print(f"{case.workload}, {case.max_num_seqs} at a time, {100 * case.load:.0f}% of saturation; by fcfs:")
         for name in policies:
             ratios = [case.ratio(name, figure) for figure in ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s", "p99_ttft_s")]
             print(f"  {name:10} JCT {ratios[0]:6.3f}  P99 JCT {ratios[1]:6.3f}  normalized {ratios[2]:6.3f}  P99 TTFT {ratios[3]:6.3f}")
+        print(f"  {'at least':10} JCT {case.least:6.3f}")
         loads, lines = panels.setdefault(f"{case.workload}, {case.max_num_seqs} at a time", ([], {}))
         loads.append(case.load)
         for name in policies:
@@ -94,9 +104,24 @@ def run(config: Config) -> dict[str, Any]:
             counts[1] += 1
             print(f"  adaptive: {name} {value:.3f}{'' if good else ', which is not good enough'}")
         described = {"workload": case.workload, "max_num_seqs": case.max_num_seqs, "load": case.load, "policies": case.figures}
-        cases.append(described | {"judged": {name: {"value": value, "met": good} for name, (value, good) in judged.items()}})
+        described |= {"least_jct_s": case.least_jct_s, "judged": {name: {"value": v, "met": good} for name, (v, good) in judged.items()}}
+        rows.append(described)
+    if config.table is not None:
+        Path(config.table).write_text(markdown(cases), encoding="utf-8")
+        print(f"wrote {config.table}", file=sys.stderr)
     if config.plot is not None:
         print(f"wrote {save_figure(curves(panels), config.plot)}", file=sys.stderr)
     for name, (good, of) in met.items():
         print(f"adaptive: {name} met in {good} of {of}")
-    return {"cases": cases, "met": {name: {"met": good, "of": of} for name, (good, of) in met.items()}}
+    return {"cases": rows, "met": {name: {"met": good, "of": of} for name, (good, of) in met.items()}}
+
+
+def _progress():
+    """Tells on stderr how many runs have been made, now and then."""
+    made = itertools.count(1)
+
+    def done(run) -> None:
+        if (n := next(made)) % 50 == 0:
+            print(f"{n} runs made", file=sys.stderr)
+
+    return done

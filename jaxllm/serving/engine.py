@@ -398,4 +398,3 @@ class Engine:
 def _derive_seed(seed: int, number: int) -> int:
     """A seed for a request that brought none: its own, and the same in every run with the same engine seed and order."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest(), "big")
-

@@ -5,8 +5,9 @@ runs; copies back are under way before the step is started. Nobody waits for eit
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -19,11 +20,14 @@ _MOST_BYTES = 32 << 20  # that are moved at a time
 
 @dataclass
 class HostPagesStats:
-    """Pages that were copied to host memory and back, and the seconds that the host's thread spent on it."""
+    """Pages that were copied to host memory and back, and the seconds that the host's thread spent on it; `exposed_s` of them at most
+    while the device had nothing else to do. `moves`: how often each program ran, by kind and size."""
 
     saved: int = 0
     fetched: int = 0
     host_s: float = 0.0
+    exposed_s: float = 0.0
+    moves: Counter[tuple[str, int]] = field(default_factory=Counter)
 
 
 class HostPages:
@@ -60,23 +64,53 @@ class HostPages:
     def move(self, program, kv_pages: jax.Array, saves: Sequence[tuple[int, int]], fetches: Sequence[tuple[int, int]]) -> jax.Array:
         """The cache with the pages of `fetches` (slot, page) in their places, after those of `saves` (page, slot) are on their way;
         `kv_pages` is used up. `program(kind, size)` gives what `compile` has made."""
-        start = time.perf_counter()
+        if not (saves or fetches or self._on_the_way):
+            return kv_pages
+        start = since = time.perf_counter()
         self._arrive()  # what was saved before the last step
         for part, size in self._parts(saves):
             pages = program("save", size)(kv_pages, self._ids([page for page, _ in part], size))
             pages.copy_to_host_async()
             self._on_the_way.append(([slot for _, slot in part], pages))
+            self.stats.moves["save", size] += 1
         if fetches and self._on_the_way and {slot for slot, _ in fetches} & {slot for _, slot in saves}:
             self._arrive()  # given up and wanted again at once: this waits for the step before
+        since = self._count_exposed(since, kv_pages)
         for part, size in self._parts(fetches):
             pages = np.zeros((size, *self._buffer.shape[1:]), self._buffer.dtype)
             np.take(self._buffer, [slot for slot, _ in part], axis=0, out=pages[: len(part)])
-            ids = self._ids([page for _, page in part], size)
-            kv_pages = program("fetch", size)(kv_pages, ids, jax.device_put(pages, self._pages))
+            ids, pages = self._ids([page for _, page in part], size), jax.device_put(pages, self._pages)
+            since = self._count_exposed(since, kv_pages)
+            kv_pages = program("fetch", size)(kv_pages, ids, pages)
+            self.stats.moves["fetch", size] += 1
         self.stats.saved += len(saves)
         self.stats.fetched += len(fetches)
         self.stats.host_s += time.perf_counter() - start
         return kv_pages
+
+    def _count_exposed(self, since: float, kv_pages: jax.Array) -> float:
+        """If the device has nothing left to do, it may have waited from `since` on. Returns the time."""
+        now = time.perf_counter()
+        if kv_pages.is_ready():
+            self.stats.exposed_s += now - since
+        return now
+
+    def device_s(self, program: Callable[[str, int], Callable], kv_pages: jax.Array) -> tuple[float, jax.Array]:
+        """(seconds that the device's programs took for all the moves so far, each as long as it takes now by itself; the cache,
+        as `kv_pages` is used up). Writes to page 0 alone, which is nobody's."""
+        total = 0.0
+        for (kind, size), times in self.stats.moves.items():
+            ids, best = self._ids([0] * size, size), float("inf")
+            pages = jax.device_put(np.zeros((size, *self._buffer.shape[1:]), self._buffer.dtype), self._pages)
+            for _ in range(5):
+                jax.block_until_ready((kv_pages, pages))
+                start = time.perf_counter()
+                result = program(kind, size)(kv_pages, ids) if kind == "save" else program(kind, size)(kv_pages, ids, pages)
+                jax.block_until_ready(result)
+                best = min(best, time.perf_counter() - start)
+                kv_pages = result if kind == "fetch" else kv_pages
+            total += times * best
+        return total, kv_pages
 
     def _arrive(self) -> None:
         for slots, pages in self._on_the_way:

@@ -332,7 +332,8 @@ class Scheduler:
 
     def num_in_use(self, waiting: Sequence) -> int:
         """Pages that a waiting sequence begins with and that others use: it needs no more room for them."""
-        return self.pool.num_used(waiting.page_names[: (waiting.num_tokens - 1) // self.config.page_size])
+        names = waiting.page_names
+        return self.pool.num_used(names[: (waiting.num_tokens - 1) // self.config.page_size]) if names else 0
 
     def _review(self, now: float) -> None:
         """Counts what the last plan has served, and ranks anew if it is time to."""
@@ -363,7 +364,7 @@ class Scheduler:
         if sequence.parked:
             self._unpark(sequence, sequence.num_computed)
         samples = sequence.num_computed == sequence.num_tokens
-        planned = ScheduledSequence(sequence, start, count, samples, sequence.num_tokens, sequence.pages, admitted)
+        planned = _make(ScheduledSequence, (sequence, start, count, samples, sequence.num_tokens, sequence.pages, admitted))
         sequence.tenant.service += count + samples
         if samples:
             sequence.num_tokens += 1
@@ -499,6 +500,9 @@ class Scheduler:
         limit = self.config.recompute_beyond
         if limit is not None and not sequence.outgrown and sequence.num_tokens > limit:
             sequence.outgrown, sequence.num_computed = True, 0
+
+
+_make = tuple.__new__  # half of what the class's own takes: this is made for each sequence of each step
 
 
 def _has_many_pending(sequence: Sequence) -> bool:

@@ -33,7 +33,7 @@ def figures(outcome: Outcome, slo: Slo | None = None) -> dict[str, float]:
     - jain: Jain's index of the tenants' (of one tenant: the requests') slowdowns: 1 is fair; max_slowdown: the longest normalized
       latency over the median one;
     - what the scheduler did: steps, preemptions, tokens computed again, tokens found in the prefix cache, how busy the device was,
-      bytes moved to the host and back, and how long steps waited for them.
+      bytes moved to the host and back, how long that took by itself, and how long steps waited for it.
     """
     trace = outcome.trace
     ttft, jct = outcome.first_token - trace.arrivals, outcome.finished - trace.arrivals
@@ -64,6 +64,7 @@ def figures(outcome: Outcome, slo: Slo | None = None) -> dict[str, float]:
         "cached_tokens": outcome.cached_tokens,
         "swapped_in_bytes": outcome.swapped_in_bytes,
         "swapped_out_bytes": outcome.swapped_out_bytes,
+        "swap_s": outcome.swap_s,
         "exposed_swap_s": outcome.exposed_swap_s,
     }
 

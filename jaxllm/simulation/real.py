@@ -22,7 +22,10 @@ def serve(engine: Engine, trace: Trace, watch: Callable[[StepPlan, float], None]
     it has in the trace, of which the scheduler knows nothing beforehand. `watch(plan, seconds)`: called for each step that followed
     upon another without a pause.
 
-    What steps waited for pages from host memory is not known (`exposed_swap_s` is 0). Raises ConfigError for a request that does not fit.
+    Of the time that pages take to host memory and back (`swap_s`), what is not hidden (`exposed_swap_s`) is what the host's thread did
+    while the device had nothing else to do, at most, and what the device's own programs take for it.
+
+    Raises ConfigError for a request that does not fit.
     """
     return _Serve(engine, trace, watch).run()
 
@@ -45,7 +48,9 @@ class _Serve:
     def run(self) -> Outcome:
         engine, trace = self.engine, self.trace
         prompts = [self._prompt(i) for i in range(len(trace))]
-        preemptions, moved = engine.scheduler.num_preemptions, self._moved()
+        preemptions, host = engine.scheduler.num_preemptions, engine.runner.host_pages
+        if host is not None:
+            host.stats = type(host.stats)()
         engine.on_read = self._read
         self.start = time.perf_counter()
         coming = 0
@@ -64,7 +69,6 @@ class _Serve:
         finally:
             engine.on_read = None
             engine.drain()
-        saved, fetched = (after - before for after, before in zip(self._moved(), moved, strict=True))
         counts = np.ones(len(self.gaps), np.int64)
         return Outcome(
             trace,
@@ -77,8 +81,7 @@ class _Serve:
             self.busy,
             np.array(self.gaps),
             counts,
-            fetched,
-            saved,
+            **({} if host is None else self._swapped(host)),
         )
 
     def _add(self, i: int, prompt: list[int]) -> None:
@@ -119,7 +122,13 @@ class _Serve:
                 self.watch(plan, now - self.read_at)
         self.read_at = now
 
-    def _moved(self) -> tuple[int, int]:
-        """Bytes to host memory and back, so far."""
-        host = self.engine.runner.host_pages
-        return (0, 0) if host is None else (host.stats.saved * host.page_bytes, host.stats.fetched * host.page_bytes)
+    def _swapped(self, host) -> dict[str, float]:
+        """Of `Outcome`, what was moved to host memory and back."""
+        runner, stats = self.engine.runner, host.stats
+        seconds, runner.state.kv_pages = host.device_s(lambda kind, size: runner._program((kind, size)), runner.state.kv_pages)
+        return {
+            "swapped_in_bytes": stats.fetched * host.page_bytes,
+            "swapped_out_bytes": stats.saved * host.page_bytes,
+            "swap_s": stats.host_s + seconds,
+            "exposed_swap_s": stats.exposed_s + seconds,
+        }

@@ -43,6 +43,7 @@ class Outcome:
     gap_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     swapped_in_bytes: int = 0
     swapped_out_bytes: int = 0
+    swap_s: float = 0.0
     exposed_swap_s: float = 0.0
 
 

@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from jaxllm.simulation.cost import CostModel
-from jaxllm.simulation.load import saturation
-from jaxllm.simulation.metrics import figures
-from jaxllm.simulation.simulate import limits_of, simulate
-from jaxllm.simulation.traces import Trace
+from jaxllm.simulation.runs import Requests, Results, Run
 
 DEPLOYED = ("fcfs", "hrrn", "mlfq")  # what others' engines have; priority is fcfs where all priorities are alike
 ORACLE = "srpt"  # it is told how long outputs will be
+TOLD = (ORACLE, "aged")
 # `adaptive`'s index with nothing to hold it back: near the least mean JCT that can be had without being told (Gittins's index is optimal
 # for one server: Aalto et al., 2009), whatever becomes of the longest.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gittins": ("adaptive", {"most_s": 1e6, "reach": 1e3, "margin": 0.0, "seniority": 0.0, "shortness": 0.0}),
+    "aged": (ORACLE, {"ageing": 3.0}),  # what can be had by who is told, and lets nobody wait for ever
+    "gittins": ("adaptive", {"most_s": 1e6, "reach": 1e3, "margin": 0.0, "seniority": 0.0, "shortness": 0.0, "flatness": 1.0}),
 }
 FIGURES = ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s")
+LEAST = "least"  # no policy, but what none can do better than (`bounds.py`)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One workload on one machine under one load, and each policy's figures: means over the seeds."""
+    """One workload on one machine under one load, and each policy's figures: means over the seeds. `least_jct_s`: no policy at all
+    has a lower mean JCT (`bounds.least_jct`)."""
 
     workload: str
     max_num_seqs: int
     load: float
     figures: dict[str, dict[str, float]]
+    least_jct_s: float | None = None
 
     def ratio(self, policy: str, figure: str, to: str = "fcfs") -> float:
         """A policy's figure by another's, fcfs's by default."""
         return self.figures[policy][figure] / self.figures[to][figure]
 
+    @property
+    def least(self) -> float:
+        """The least mean JCT that any policy could have, by fcfs's."""
+        return self.least_jct_s / self.figures["fcfs"]["mean_jct_s"]
+
 
 def study(
-    workloads: dict[str, tuple[Callable[[int], Trace], CostModel]],
+    requests: Sequence[Requests],
+    results: Results,
     *,
     policies: Sequence[str],
     batch_sizes: Sequence[int],
@@ -48,25 +55,38 @@ def study(
     max_num_batched_tokens: int,
     page_size: int,
     options: dict[str, dict[str, Any]] | None = None,
+    done: Callable[[Run], None] = lambda run: None,
 ) -> Iterator[Case]:
-    """Each case in turn. `workloads`: name -> (a trace from a seed, the machine that serves it); loads are in units of what fcfs
-    serves of that trace at most (`saturation`)."""
-    for workload, (draw, cost) in workloads.items():
-        traces = [draw(seed) for seed in seeds]
+    """Each case; loads are in units of what fcfs serves of the requests at most (`saturation`). `done`: called for each run made."""
+    options = options or {}
+    alone = {
+        (kind, batch, seed): Run(kind, seed, batch, max_num_batched_tokens, page_size)
+        for kind in requests
+        for batch in batch_sizes
+        for seed in seeds
+    }
+    most = results.of(alone.values(), done)
+    runs = {
+        ((kind, batch), seed, load, policy): _run(run, load * most[run]["saturation"], policy, options)
+        for (kind, batch, seed), run in alone.items()
+        for load in loads
+        for policy in (*policies, LEAST)
+    }
+    found = results.of(runs.values(), done)
+    for kind in requests:
         for batch in batch_sizes:
-            limits = dict(max_num_seqs=batch, max_num_batched_tokens=max_num_batched_tokens, page_size=page_size)
-            rates = [saturation(trace, cost, **limits) for trace in traces]
             for load in loads:
-                found: dict[str, dict[str, float]] = {}
-                for policy in policies:
-                    name, constants = VARIANTS.get(policy, (policy, (options or {}).get(policy)))
-                    settings = limits_of(cost, policy=name, options=constants, **limits)
-                    runs = [
-                        figures(simulate(trace.at_rate(load * rate), cost, *settings, tell_lengths=policy == ORACLE))
-                        for trace, rate in zip(traces, rates, strict=True)
-                    ]
-                    found[policy] = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
-                yield Case(workload, batch, load, found)
+                rows = {p: [found[runs[(kind, batch), seed, load, p]] for seed in seeds] for p in (*policies, LEAST)}
+                means = {p: {key: float(np.mean([row[key] for row in of])) for key in of[0]} for p, of in rows.items()}
+                least = means.pop(LEAST)["mean_jct_s"]
+                yield Case(kind.label, batch, load, means, least)
+
+
+def _run(alone: Run, rate: float, policy: str, options: dict[str, dict[str, Any]]) -> Run:
+    if policy == LEAST:
+        return replace(alone, rate=rate)
+    name, constants = VARIANTS.get(policy, (policy, options.get(policy, {})))
+    return replace(alone, rate=rate, policy=name, options=tuple(constants.items()), tell_lengths=policy in TOLD)
 
 
 def judge(case: Case, policy: str = "adaptive") -> dict[str, tuple[float, bool]]:
@@ -86,3 +106,22 @@ def judge(case: Case, policy: str = "adaptive") -> dict[str, tuple[float, bool]]
         normalized = 1 / case.ratio(policy, "mean_normalized_latency_s")
         result["fcfs_normalized_by_it"] = (normalized, normalized >= 2)
     return result
+
+
+def markdown(cases: Sequence[Case]) -> str:
+    """A table, a row for each case: mean JCT, P99 JCT and normalized latency of each policy by fcfs's; in bold what `judge` asks of
+    `adaptive` and is met."""
+    policies = [name for name in cases[0].figures if name != "fcfs"]
+    lines = ["| | at a time | load | " + " | ".join(f"`{name}`" for name in policies) + " | least JCT |"]
+    lines.append("|---|---|---|" + "---|" * len(policies) + "---|")
+    for case in cases:
+        cells = []
+        for name in policies:
+            met = {key for key, (_, good) in judge(case, name).items() if good} if name == "adaptive" else set()
+            asked = judge(case, name).keys()
+            jct = {"jct_by_best", "fcfs_jct_by_it"} & asked
+            values = [f"{case.ratio(name, figure):.2f}" for figure in FIGURES]
+            good = [jct <= met, "p99_jct_by_fcfs" in met, "fcfs_normalized_by_it" in met]
+            cells.append(" ".join(f"**{v}**" if bold and met else v for v, bold in zip(values, good, strict=True)))
+        lines.append(f"| {case.workload} | {case.max_num_seqs} | {100 * case.load:.0f}% | " + " | ".join(cells) + f" | {case.least:.2f} |")
+    return "\n".join(lines) + "\n"

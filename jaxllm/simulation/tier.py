@@ -77,6 +77,7 @@ class SwappingScheduler(Scheduler):
         return {
             "swapped_in_bytes": self.pages_in * self.page_bytes,
             "swapped_out_bytes": self.pages_out * self.page_bytes,
+            "swap_s": (self.pages_in + self.pages_out) * self.page_s,
             "exposed_swap_s": self.exposed_s,
         }
 

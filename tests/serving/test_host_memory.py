@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import LENGTH, MODELS, golden
@@ -100,6 +101,38 @@ def test_more_pages_than_are_moved_at_a_time():
     moved = np.asarray(kv_pages).reshape(-1, 81, *kv_pages.shape[1:])
     for page in pages:
         np.testing.assert_array_equal(moved[:, 81 - page], whole[:, page])
+
+
+def test_what_moves_cost_is_counted():
+    llm = LLM(CASE, **SMALL, warmup=False, host_kv_bytes=1 << 20)
+    runner, store = llm.engine.runner, llm.engine.runner.host_pages
+    rng = np.random.default_rng(0)
+    prompts = [{"prompt_token_ids": rng.integers(0, 90, 40).tolist()} for _ in range(6)]
+    llm.generate(prompts + prompts, GREEDY)
+    stats = store.stats
+    assert stats.saved > 0 and stats.fetched > 0 and 0 <= stats.exposed_s <= stats.host_s
+    moves = {kind: sum(size * n for (k, size), n in stats.moves.items() if k == kind) for kind in ("save", "fetch")}
+    assert moves["save"] >= stats.saved and moves["fetch"] >= stats.fetched
+    before = np.asarray(runner.state.kv_pages).reshape(-1, llm.engine.pool.num_pages, *runner.state.kv_pages.shape[1:])[:, 1:]
+    seconds, runner.state.kv_pages = store.device_s(lambda kind, size: runner._program((kind, size)), runner.state.kv_pages)
+    after = np.asarray(runner.state.kv_pages).reshape(before.shape[0], -1, *before.shape[2:])[:, 1:]
+    assert seconds > 0
+    np.testing.assert_array_equal(after, before)
+
+
+def test_a_device_that_has_nothing_to_do_is_told_from_one_that_has():
+    """A copy after a long computation is hidden behind it; the same copy alone is not."""
+    llm = LLM(CASE, **SMALL, warmup=False, host_kv_bytes=1 << 20)
+    store, kv_pages = llm.engine.runner.host_pages, llm.engine.runner.state.kv_pages
+    long = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, m: m @ m / 600, jnp.ones((600, 600)))[0, 0] * 0 + x)
+    jax.block_until_ready((long(kv_pages), kv_pages))
+    program = {("save", 1): store.compile("save", 1)}
+    of = lambda kind, size: program[kind, size]
+    store.move(of, kv_pages, [(1, 0)], [])
+    alone = store.stats.exposed_s
+    assert alone > 0
+    store.move(of, long(kv_pages), [(2, 1)], [])
+    assert store.stats.exposed_s == alone and store.stats.host_s > alone
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_a_profile_and_a_replay(tmp_path, capfd):
         assert 0 < measured["mean_ttft_s"] < measured["mean_jct_s"] <= measured["p99_jct_s"]
         assert 0.7 < measured["cached_tokens"] / simulated["cached_tokens"] < 1.4, "32 tokens are common to all"
         assert 0.1 < measured["mean_jct_s"] / simulated["mean_jct_s"] < 30, "this machine may be busy"
+        assert measured["swapped_out_bytes"] > 0 and 0 <= measured["exposed_swap_s"] <= measured["swap_s"] < measured["makespan_s"]
 
 
 def test_refusals(tmp_path):

@@ -19,8 +19,9 @@ class Config(Command):
     under each policy; the figures are those of `jaxllm simulate`, measured. Prompts are random tokens; outputs are as long as the
     trace says, which the scheduler does not know.
 
-    With --machine, what the simulator says of the very same beside it. With --json: `policies`: name -> the figures of `simulate`, and
-    `simulated` likewise.
+    With --machine, what the simulator says of the very same beside it. With --host-kv-bytes: how long pages took to host memory and back
+    (`swap_s`), and how much of that is not hidden behind steps (`exposed_swap_s`). With --json: `policies`: name -> the figures of
+    `simulate`, and `simulated` likewise.
 
     Example:
 
@@ -135,3 +136,7 @@ def _print(name: str, measured: dict[str, float], simulated: dict[str, float] | 
     for label, figures in (("measured", measured), ("simulated", simulated)):
         if figures is not None:
             print(f"  {label:10}" + "".join(f"{figures[column]:22.4g}" for column in _COLUMNS))
+    if measured["swap_s"]:
+        moved = (measured["swapped_in_bytes"] + measured["swapped_out_bytes"]) / 1e6
+        hidden = 1 - measured["exposed_swap_s"] / measured["swap_s"]
+        print(f"  {moved:.0f} MB moved to host memory and back took {measured['swap_s']:.3f} s, of which {100 * hidden:.0f}% were hidden")

@@ -32,15 +32,17 @@ class Adaptive(Policy):
     "What a token that is not in the cache costs, in generated tokens."
     reach: float = 0.4
     "The work of so many mean requests has the longest handicap, if nothing of it is known beforehand; less, as much less of it."
-    shortness: float = 0.75
+    flatness: float = 0.25
+    "Between nothing and the longest, handicaps rise by the work to this power, or to that of the part of it that is a surprise, if larger."
+    shortness: float = 1.25
     "0 is best for the mean time to completion, 1 for the mean of that time per token."
-    patience: float = 8.0
+    patience: float = 7.0
     "The longest handicap, in mean times that requests ran for: who came so much earlier goes first, whatever it is."
     backlog: float = 0.4
     "But at least so much of the time that the one who came first of those who wait has been here: what is little under overload."
     most_s: float | None = None
     "The longest handicap in seconds, in place of all that."
-    seniority: float = 1.0
+    seniority: float = 3.0
     "A second that one has run is worth so many of having waited: who turns out to be long ends last as it is, and is not held up more."
     margin: float = 0.05
     "One takes another's place only if it ranks ahead by more than this, in longest handicaps."
@@ -48,7 +50,7 @@ class Adaptive(Policy):
     "All are compared anew so often."
 
     def __post_init__(self) -> None:
-        check_positive(self, "prompt_weight", "reach", "review_s")
+        check_positive(self, "prompt_weight", "reach", "flatness", "review_s")
         check_positive(self, "shortness", "patience", "backlog", "seniority", "margin", zero=True)
         if self.most_s is not None:
             check_positive(self, "most_s", zero=True)
@@ -59,7 +61,8 @@ class Adaptive(Policy):
             s.due = self._due(s, book)
         drawn = book.lengths.index(s.num_prompt, s.num_tokens - s.num_prompt, book.shortness)
         work = self.prompt_weight * (s.num_tokens - s.num_computed) + drawn
-        return (s.due + min(book.most, book.token_s * work) - self.seniority * s.service, s.arrival, s.number)
+        handicap = book.most * min(1.0, work / book.reach) ** book.power
+        return (s.due + handicap - self.seniority * s.service, s.arrival, s.number)
 
     rank_again = rank
 
@@ -85,11 +88,13 @@ class Adaptive(Policy):
             longest_wait = now - min([s.arrived for s in waiting], default=now)
             ran = (book.service + _FIRST_SERVICE_S) / (book.ended + 1)
             most = max(self.patience * ran, self.backlog * longest_wait / max(_LEAST_SURPRISE, surprise))
-        token_s = most * surprise / (self.reach * (lengths.mean + prompts))
+        reach = self.reach * (lengths.mean + prompts) / max(0.01, surprise)
+        # What is known beforehand is told apart by its order of magnitude, and the large are alike: it is the largest that make the P99.
+        power = max(self.flatness, round(surprise, 1))
         # The work of those who wait does not change: they are ranked anew when what is known of all has.
-        known, new = (book.token_s, book.most, book.shortness), (token_s, most, shortness)
+        known, new = (book.reach, book.most, book.shortness, book.power), (reach, most, shortness, power)
         if moved := any(abs(a - b) > _MOVED * a for a, b in zip(known, new, strict=True)):
-            book.token_s, book.most, book.shortness = new
+            book.reach, book.most, book.shortness, book.power = new
         for queue in (running, waiting) if moved else (running,):
             for s in queue:
                 s.rank, s.spent = self.rank(s, book, now), self.margin * most

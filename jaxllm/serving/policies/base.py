@@ -78,9 +78,11 @@ class Book:
     ended: float = 0.0  # sequences, the newer the more they count
     service: float = 0.0  # seconds that those ran
     prompts: float = 0.0  # tokens of theirs
-    most: float = 0.0  # the longest handicap, in seconds, and
-    token_s: float = 0.0  # that of a token of work, and
-    shortness: float = 0.0  # what short outputs count for, as `adaptive` has reckoned them last
+    # What `adaptive` has reckoned last:
+    most: float = 0.0  # the longest handicap, in seconds,
+    reach: float = 1.0  # the work that has it, in tokens,
+    power: float = 1.0  # of the work that less of it goes by, and
+    shortness: float = 0.0  # what short outputs count for
 
     def join(self, name: str) -> Tenant:
         """A sequence of a tenant comes. One that was away has saved nothing up (VTC, algorithm 2: its counter is lifted)."""

@@ -89,16 +89,21 @@ class Srpt(Policy):
     "What a token that is not in the cache costs, in generated tokens."
     gain: float = 2.0
     "One takes another's place only if its work is so many times less."
+    ageing: float = 0.0
+    "A second of waiting makes up for so many generated tokens: above 0, nobody waits for ever."
     review_s: float = 0.25
     "Those who run are compared anew so often; the work of those who wait does not change."
 
     def __post_init__(self) -> None:
         check_positive(self, "prompt_weight", "gain", "review_s")
+        check_positive(self, "ageing", zero=True)
 
     def rank(self, sequence: Sequence, book: Book, now: float) -> Rank:
-        s = sequence
+        return (self._work(sequence) + self.ageing * sequence.arrived, sequence.arrival, sequence.number)
+
+    def _work(self, s: Sequence) -> float:
         left = s.num_prompt + s.max_tokens - s.num_tokens
-        return (left + self.prompt_weight * (s.num_tokens - s.num_computed), s.arrival, s.number)
+        return left + self.prompt_weight * (s.num_tokens - s.num_computed)
 
     rank_again = rank
 
@@ -112,4 +117,4 @@ class Srpt(Policy):
         return now + self.review_s
 
     def displaces(self, waiting: Sequence, running: Sequence, now: float) -> bool:
-        return waiting.rank[0] * self.gain < running.rank[0]
+        return self._work(waiting) * self.gain < self._work(running)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import log2, sqrt
 
+import numpy as np
+
 _BINS_PER_OCTAVE = 4
 _BINS = 20 * _BINS_PER_OCTAVE  # up to a million tokens
 _EDGES = [2 ** (i / _BINS_PER_OCTAVE) for i in range(_BINS + 1)]
@@ -19,8 +21,18 @@ def _bin(tokens: float) -> int:
     return min(_BINS - 1, int(_BINS_PER_OCTAVE * log2(tokens))) if tokens > 1 else 0
 
 
+# [from bin, to bin]: those ahead, and the tokens from the middle of the one before (of the first, from its edge) to a bin's own.
+_AHEAD = np.triu(np.ones((_BINS, _BINS), bool))
+_FURTHER = np.maximum(np.subtract(_MIDDLES, np.where(np.eye(_BINS, dtype=bool), _EDGES[:-1], [0.0, *_MIDDLES[:-1]])), 0.5)
+
 _TABLE = 8192
 _BIN_OF = [_bin(tokens) for tokens in range(_TABLE)]
+_KIND_OF = [bin // 2 for bin in _BIN_OF]
+
+
+def _kind(num_prompt: int) -> int:
+    """Of prompts that are alike: of lengths within half an octave."""
+    return _KIND_OF[num_prompt] if num_prompt < _TABLE else _bin(num_prompt) // 2
 
 
 class _Histogram:
@@ -68,7 +80,7 @@ class Lengths:
     def add(self, num_prompt: int, outputs: int) -> None:
         """A sequence has ended after so many tokens."""
         self._all.add(outputs)
-        self._like.setdefault(_bin(num_prompt) // 2, _Histogram()).add(outputs)
+        self._like.setdefault(_kind(num_prompt), _Histogram()).add(outputs)
         if self._all.num_added % _COMPARE == 0:
             self._compare()
 
@@ -79,7 +91,7 @@ class Lengths:
 
     def expected(self, num_prompt: int) -> float:
         """The mean of those of like prompts, drawn to the mean of all."""
-        like, drawn = self._like.get(_bin(num_prompt) // 2, _NOTHING), self._drawn
+        like, drawn = self._like.get(_kind(num_prompt), _NOTHING), self._drawn
         return (like.total + drawn * self.mean) / (like.ended + drawn)
 
     @property
@@ -103,7 +115,7 @@ class Lengths:
         An ending after x tokens counts for (mean / x) ** shortness: at 0 all alike, which is best for the mean time to completion;
         at 1 as is best for the mean of that time per token.
         """
-        kind = _bin(num_prompt) // 2
+        kind = _kind(num_prompt)
         due, of, indices = self._indices.get(kind, (0, -1.0, ()))
         if self._all.num_added >= due or of != shortness:
             indices = self._derive(self._like.get(kind, _NOTHING), shortness)
@@ -115,19 +127,10 @@ class Lengths:
         share = min(1.0, self._drawn / max(1.0, self._all.ended))
         both = zip(_MIDDLES, like.scaled(1.0), self._all.scaled(share), strict=True)
         # One sequence's worth at the prior, falling slowly beyond: what nobody has done may still end.
-        counts = [a + b + middle / _PRIOR * 2 ** (-middle / _PRIOR) / 8 + 1e-6 for middle, a, b in both]
-        indices = []
-        for first in range(_BINS):
-            best, at, ends, spent, alive = float("inf"), _EDGES[first], 0.0, 0.0, sum(counts[first:])
-            total = alive
-            for i in range(first, _BINS):
-                # All of bin i end in its middle; who is alive then goes on.
-                spent += alive * max(_MIDDLES[i] - at, 0.5)
-                at = _MIDDLES[i]
-                ends += counts[i] * worth[i]
-                alive -= counts[i]
-                best = min(best, spent / ends)
-                if alive < 0.001 * total:
-                    break
-            indices.append(best)
-        return indices
+        counts = np.array([a + b + middle / _PRIOR * 2 ** (-middle / _PRIOR) / 8 + 1e-6 for middle, a, b in both])
+        # All of bin i end in its middle; who is alive then goes on. Row: the bin of who has drawn so much; column: that it is run to.
+        alive = np.cumsum(counts[::-1])[::-1]
+        spent = np.cumsum(np.where(_AHEAD, alive * _FURTHER, 0.0), axis=1)
+        ends = np.cumsum(np.where(_AHEAD, counts * worth, 0.0), axis=1)
+        reached = _AHEAD & (alive >= 0.001 * alive[:, None])  # by hardly anyone: what few say of those beyond is not to be relied on
+        return np.divide(spent, ends, out=np.full(spent.shape, np.inf), where=reached).min(axis=1).tolist()
