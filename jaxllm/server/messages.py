@@ -53,7 +53,12 @@ def _as_chat(body: CountRequest) -> ChatRequest:
         tree |= {"top_p": body.top_p, "top_k": body.top_k}
         if body.stream:
             tree |= {"stream": True, "stream_options": {"include_usage": True}}
-    return check(tree, ChatRequest)
+    try:
+        return check(tree, ChatRequest)
+    except ApiError as error:
+        if error.param == "stop":  # by the name that it has here
+            raise ApiError(400, f"stop_sequences{error.message.removeprefix('stop')}", param="stop_sequences", code=error.code) from None
+        raise
 
 
 def _text(content: str | list[TextBlock] | None) -> str:

@@ -93,7 +93,8 @@ class AsyncLLM:
                 raise ConfigError("logits_processors are functions of this process: leave engine_process out")
             from jaxllm.serving.engine_process import EngineProcess
 
-            resolve_model(self.config.model)  # fetched once, and not by both
+            for name in filter(None, (self.config.model, self.config.tokenizer)):
+                resolve_model(name)  # fetched once, and not by both
             self.backend = EngineProcess(self.config, listener)
             try:
                 self._tokenizer = read_tokenizer(self.config)  # while the engine loads

@@ -31,8 +31,9 @@ _FORMS: dict[str, dict[str, Any]] = {
     "grammar": {"type": "string"},
     "structural_tag": {"type": ["object", "string"]},
 }
-# llguidance follows references by recursion: too many of them in a row end the process, and in some grammars take minutes.
-_LONGEST, _MOST_REFERENCES, _MOST_RULES = 1 << 17, 2000, 1000  # characters of a grammar of any form, "$ref"s of a schema, rules
+# llguidance follows references by recursion: too many of them in a row end the process. Long patterns take it the square of their length.
+_LONGEST, _LONGEST_GRAMMAR, _MOST_PATTERNS = 1 << 17, 1 << 15, 1 << 14  # characters: of a schema or choices, of the rest, of its patterns
+_MOST_REFERENCES, _MOST_RULES = 2000, 1000  # "$ref"s of a schema, rules of a grammar
 _STACK = 256 << 20  # bytes, of the thread that compiles
 _BESIDE = {"disable_any_whitespace": {"type": "boolean"}, "thinking": {"enum": ["may", "open", None]}}
 SCHEMA: dict[str, Any] = {
@@ -117,16 +118,33 @@ def _as_text(tree: Any) -> str:
 
 
 def _check_size(spec: StructuredOutputs) -> None:
-    """Raises ValueError."""
-    text = spec.json or spec.structural_tag or spec.regex or spec.grammar or "".join(spec.choice or ())
-    references, rules = text.count('"$ref"'), 0 if spec.grammar is None else text.count(":")
-    for count, most, what in (
-        (len(text), _LONGEST, "characters"),
-        (references, _MOST_REFERENCES, "references ($ref)"),
-        (rules, _MOST_RULES, "rules (colons)"),
-    ):
+    """Raises RequestError."""
+    schema = spec.json or spec.structural_tag
+    written = spec.regex or spec.grammar or ""
+    counts = (
+        (len(schema or json.dumps(spec.choice)), _LONGEST, "characters"),
+        (len(written), _LONGEST_GRAMMAR, "characters of a regular expression or grammar"),
+        (written.replace("::=", ":").count(":") if spec.grammar else 0, _MOST_RULES, "rules (colons)"),
+        (schema.count('"$ref"') if schema else 0, _MOST_REFERENCES, "references ($ref)"),
+        (_pattern_chars(schema) if schema else 0, _MOST_PATTERNS, "characters of patterns"),
+    )
+    for count, most, what in counts:
         if count > most:
-            raise ValueError(f"{count} {what} are more than the {most} that are taken")
+            raise RequestError(f"structured_outputs: {count} {what} are more than the {most} that are taken")
+
+
+def _pattern_chars(schema: str) -> int:
+    """Of all regular expressions in a schema."""
+    found, nodes = 0, [json.loads(schema)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            found += len(node["pattern"]) if isinstance(node.get("pattern"), str) else 0
+            found += sum(map(len, node["patternProperties"])) if isinstance(node.get("patternProperties"), dict) else 0
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
+    return found
 
 
 _TAGS = "must have structural_tag as {structures: [{begin, schema, end}, ...], triggers: [text, ...]}"
@@ -167,13 +185,16 @@ def _tags_grammar(tags: dict[str, Any], special_tokens: Collection[str]) -> str:
 
 
 def parse(value: Any) -> StructuredOutputs | None:
-    """As the table of sampling parameters wants it. Raises ValueError."""
-    if value is None or isinstance(value, StructuredOutputs):
-        return value
-    known = {field.name for field in fields(StructuredOutputs)}
-    if not isinstance(value, dict) or not set(value) <= known:
-        raise ValueError
-    return StructuredOutputs(**value)
+    """As the table of sampling parameters wants it. Raises ValueError, or RequestError for what is too much work."""
+    if value is None:
+        return None
+    if not isinstance(value, StructuredOutputs):
+        known = {field.name for field in fields(StructuredOutputs)}
+        if not isinstance(value, dict) or not set(value) <= known:
+            raise ValueError
+        value = StructuredOutputs(**value)
+    _check_size(value)
+    return value
 
 
 class Matcher:
@@ -276,7 +297,6 @@ class Grammars:
         import llguidance
 
         try:
-            _check_size(spec)
             grammar = spec.grammar_text(self._special)
         except ValueError as error:
             raise RequestError(f"structured_outputs: {_first_line(str(error))}") from None
