@@ -178,7 +178,7 @@ OTHERS = [
 # These look no better, and can be done.
 DONE = [
     {"regex": "(a+)+b"}, {"regex": "(a|a)*b"}, {"regex": "(.*)*(.*)*(.*)*x"},
-    {"regex": "[ab]*a[ab]{30}"}, {"regex": "a?" * 500 + "a" * 500}, {"json": {"type": "string", "minLength": 10**9}},
+    {"regex": "[ab]*a[ab]{30}"}, {"json": {"type": "string", "minLength": 10**9}},
     {"json": {"type": "array", "minItems": 10**6, "items": {"type": "integer"}}}, {"json": nested(60, {"type": "integer"})},
     {"json": chain(50, lambda ref: {"prefixItems": [ref] * 4})}, {"json": {"enum": [f"value {i}" for i in range(5000)]}},
     {"grammar": 'start: s\ns: s s s | s s | "a" | '}, {"grammar": 'start: a{1000,1000}\na: b{1000,1000}\nb: "x"{1000,1000}'},
