@@ -73,9 +73,10 @@ def run(config: Config) -> dict[str, Any]:
         raise ConfigError(f'serve needs {error.name}: pip install "jaxllm[serve]"') from error
     log_to_stderr(config.log_level.upper())
     from jaxllm.server.keys import read_keys
-    from jaxllm.server.run import address, listen, run_server
+    from jaxllm.server.run import address, check_tls, listen, run_server
 
     read_keys(config.keys, config.api_key_file)  # what is wrong there is said before the model is loaded
+    check_tls(config)
     listener = listen(config)
     from jaxllm import AsyncLLM
 

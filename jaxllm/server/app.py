@@ -66,9 +66,11 @@ def make_app(llm: AsyncLLM, config: ServerConfig | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (ApiError, JaxLLMError, TimeoutError):  # whatever else there is, the gate answers
         app.add_exception_handler(kind, _error)
-    if config.allowed_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Gate, service=app.state.server)
+    if config.allowed_origins:  # outside the gate, so that pages may read its refusals, and need no key to ask what they may
+        told = ["X-Request-Id", "Retry-After"]
+        options = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": told}
+        app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, **options)
     app.openapi = lambda: _document(app)
     return app
 
@@ -94,10 +96,10 @@ def _document(app: FastAPI) -> dict:
 
 async def _error(request: Request, error: Exception) -> Response:
     error = as_api_error(error)
-    return json_response(error.body(), error.status, error.headers)
+    return json_response(error.body(request.url.path), error.status, error.headers)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     message = {404: f"there is nothing at {request.url.path}", 405: f"{request.url.path} does not take {request.method}"}
     told = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
-    return json_response(told.body(), told.status, dict(error.headers or {}))
+    return json_response(told.body(request.url.path), told.status, dict(error.headers or {}))

@@ -135,13 +135,16 @@ async def run_batch(
             finally:
                 places.release()
 
-        async with asyncio.TaskGroup() as tasks:
-            for number, raw in _lines(source):
-                name = _custom_id(raw)
-                first = number if name is None else seen.setdefault(name, number)
-                if number not in earlier:
-                    await places.acquire()
-                    tasks.create_task(work(number, raw, first))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for number, raw in _lines(source):
+                    name = _custom_id(raw)
+                    first = number if name is None else seen.setdefault(name, number)
+                    if number not in earlier:
+                        await places.acquire()
+                        tasks.create_task(work(number, raw, first))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None  # what ended the first ended the others
     counts.resumed = len(earlier)
     return counts
 
@@ -156,7 +159,7 @@ async def _answer(service: Service, number: int, raw: bytes, first: int) -> dict
         raise  # the line is for the next run
     except Exception as error:
         told = as_api_error(error)
-        status, body = told.status, told.body()
+        status, body = told.status, told.body("/v1")
     response = {"status_code": status, "request_id": uuid4().hex, "body": body}
     return {"id": f"{_ID}{number}", "custom_id": name, "response": response, "error": None}
 

@@ -32,7 +32,7 @@ async def chat_completions(request: Request) -> Response:
     job = await prepare(service, await read_body(request, ChatRequest))
     if job.body.stream:
         return await stream_response(request, job.chunks())
-    return json_response(await until_gone(request, job.answer()))
+    return json_response(await until_gone(request.receive, job.answer()))
 
 
 async def prepare(service: Service, body: ChatRequest) -> Job:
@@ -96,10 +96,11 @@ class Job:
         with_usage = options is not None and options.include_usage
 
         def chunk(choice: dict[str, Any]) -> dict[str, Any]:
-            told = {"usage": progress.usage() if options.continuous_usage_stats else None} if with_usage else {}
-            return self.head | {"choices": [choice]} | told
+            used = {"usage": progress.usage() if options.continuous_usage_stats else None} if with_usage else {}
+            return self.head | {"choices": [choice]} | used
 
         readers: dict[int, Reader] = {}
+        told = False  # what there is to tell of the prompt, which all choices share
         async with self.run() as outputs:
             async for i, output in outputs:
                 for delta in progress.deltas(i, output):
@@ -108,6 +109,9 @@ class Job:
                         hello = self._form(each, {"delta": {"role": "assistant", "content": self._echo()}}, None, None)
                         if self.body.return_token_ids:
                             hello["prompt_token_ids"] = output.prompt_token_ids
+                        if self.body.prompt_logprobs is not None and not told:
+                            hello["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+                        told = True
                         yield chunk(hello)
                     reader = readers.setdefault(each.index, self._reader())
                     news = reader.feed(delta.text, last=each.finished)
@@ -120,8 +124,7 @@ class Job:
 
     def _echo(self) -> str:
         """With `echo` (vLLM's), the last message, which the answer goes on from."""
-        last = self.body.messages[-1].content
-        return last if self.body.echo and isinstance(last, str) else ""
+        return (self.body.messages[-1].text or "") if self.body.echo else ""
 
     def _choice(self, each: CompletionOutput) -> dict[str, Any]:
         reader = self._reader()

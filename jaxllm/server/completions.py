@@ -15,7 +15,7 @@ from starlette.responses import Response
 from jaxllm.server.body import read_body
 from jaxllm.server.errors import ApiError
 from jaxllm.server.logprobs import TokenNames, legacy_logprobs, prompt_logprobs
-from jaxllm.server.progress import Progress, usage
+from jaxllm.server.progress import Delta, Progress, usage
 from jaxllm.server.protocol.base import sampling_params, structured_outputs
 from jaxllm.server.protocol.completions import CompletionRequest
 from jaxllm.server.service import Service
@@ -29,7 +29,7 @@ async def completions(request: Request) -> Response:
     job = await prepare(service, await read_body(request, CompletionRequest))
     if job.body.stream:
         return await stream_response(request, job.chunks())
-    return json_response(await until_gone(request, job.answer()))
+    return json_response(await until_gone(request.receive, job.answer()))
 
 
 async def prepare(service: Service, body: CompletionRequest) -> Job:
@@ -45,8 +45,6 @@ async def prepare(service: Service, body: CompletionRequest) -> Job:
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         changes["prompt_logprobs"] = body.logprobs
     params = sampling_params(body, **changes, structured_outputs=structured_outputs(body))
-    if body.echo and body.stream and params.prompt_logprobs is not None:
-        raise ApiError(400, "echo with logprobs is not streamed: set stream=false", param="echo")
     return Job(service, body, params, await _prompts(service, body), alone)
 
 
@@ -73,6 +71,7 @@ class Job:
     def __init__(self, service: Service, body: CompletionRequest, params: SamplingParams, prompts: list[dict[str, Any]], alone: bool):
         self.service, self.body, self.params, self.prompts, self.alone = service, body, params, prompts, alone
         self.names = TokenNames(service.tokenizer, bool(body.return_tokens_as_token_ids))
+        self._echoes: dict[int, str] = {}
         self.head = {
             "id": f"cmpl-{body.request_id or uuid4().hex}",
             "object": "text_completion",
@@ -81,18 +80,16 @@ class Job:
         }
 
     def run(self):
-        return aclosing(self.service.run(self.prompts, self.params))
+        return aclosing(self.service.run(self.prompts, self.params, shown=not self.alone))
 
     async def answer(self) -> dict[str, Any]:
         done: dict[int, RequestOutput] = {}
         async with self.run() as outputs:
             async for i, output in outputs:
                 done[i] = output
-        choices = [self._choice(i, done[i], each) for i in range(len(self.prompts)) for each in done[i].outputs]
-        used = usage(list(done.values()))
-        if self.alone:
-            used |= {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]}
-        return self.head | {"choices": choices, "usage": used}
+        whole = lambda each: Delta(each.text, each.token_ids, each.logprobs, 0, True, each)
+        choices = [self._choice(i, done[i], whole(each)) for i in range(len(self.prompts)) for each in done[i].outputs]
+        return self.head | {"choices": choices, "usage": self._used(usage(list(done.values())))}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         options, progress = self.body.stream_options, Progress()
@@ -100,38 +97,42 @@ class Job:
         async with self.run() as outputs:
             async for i, output in outputs:
                 for delta in progress.deltas(i, output):
-                    choice = self._form(i, delta.output, delta.text, delta.token_ids, delta.logprobs, delta.offset)
-                    if self.alone:
-                        choice |= {"text": "", "logprobs": None}
-                    if delta.first:
-                        choice["text"] = self._echo(i, output) + choice["text"]
-                        if self.body.return_token_ids:
-                            choice["prompt_token_ids"] = output.prompt_token_ids
-                    chunk = self.head | {"choices": [choice]}
+                    chunk = self.head | {"choices": [self._choice(i, output, delta)]}
                     if with_usage:
-                        chunk["usage"] = progress.usage() if options.continuous_usage_stats else None
+                        chunk["usage"] = self._used(progress.usage()) if options.continuous_usage_stats else None
                     yield chunk
         if with_usage:
-            yield self.head | {"choices": [], "usage": progress.usage()}
+            yield self.head | {"choices": [], "usage": self._used(progress.usage())}
+
+    def _used(self, used: dict[str, Any]) -> dict[str, Any]:
+        return used | {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]} if self.alone else used
 
     def _echo(self, i: int, output: RequestOutput) -> str:
         if not self.body.echo:
             return ""
-        text = self.prompts[i].get("prompt")
-        return self.service.tokenizer.decode(output.prompt_token_ids) if text is None else text
+        if i not in self._echoes:
+            text = self.prompts[i].get("prompt")
+            self._echoes[i] = self.service.tokenizer.decode(output.prompt_token_ids) if text is None else text
+        return self._echoes[i]
 
-    def _choice(self, i: int, output: RequestOutput, each: CompletionOutput) -> dict[str, Any]:
-        tokens, logprobs, text = each.token_ids, each.logprobs, each.text
+    def _choice(self, i: int, output: RequestOutput, new: Delta) -> dict[str, Any]:
+        """Of one continuation, what is new, which may be all of it. The first has what there is to tell of the prompt too."""
+        tokens, logprobs, text, offset = new.token_ids, new.logprobs, new.text, new.offset
         if self.alone:
             tokens, logprobs, text = [], None if logprobs is None else [], ""
-        if self.body.echo and logprobs is not None:
-            tokens, logprobs = output.prompt_token_ids + tokens, [*output.prompt_logprobs, *logprobs]
-        choice = self._form(i, each, self._echo(i, output) + text, tokens, logprobs, 0)
+        echo = self._echo(i, output)
+        if not new.first:
+            offset += len(echo)
+        elif self.body.echo:
+            text = echo + text
+            if logprobs is not None:
+                tokens, logprobs = output.prompt_token_ids + tokens, [*output.prompt_logprobs, *logprobs]
+        choice = self._form(i, new.output, text, tokens, logprobs, offset)
         if self.alone:
             choice |= {"finish_reason": "length", "stop_reason": None}
-        if self.body.prompt_logprobs is not None:
+        if new.first and self.body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
-        if self.body.return_token_ids:
+        if new.first and self.body.return_token_ids:
             choice["prompt_token_ids"] = output.prompt_token_ids
         return choice
 

@@ -39,6 +39,8 @@ class ServerConfig:
     "Finished answers of /v1/responses that are kept in memory, for `previous_response_id` and GET."
     request_timeout: float | None = None
     "Seconds after which a request is ended with an error; by default never."
+    step_timeout: float | None = 120.0
+    "Seconds without a step, while requests wait for one, after which /health says that the engine hangs; null: never."
     drain_timeout: float = 30.0
     "Seconds that requests have to finish after SIGTERM."
     allowed_origins: tuple[str, ...] = ()
@@ -58,8 +60,9 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
-        if self.request_timeout is not None and not self.request_timeout > 0:
-            raise ConfigError(f"request_timeout must be above 0, not {self.request_timeout}")
+        for name in ("request_timeout", "step_timeout"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0, not {value}")
         if not self.drain_timeout >= 0:
             raise ConfigError(f"drain_timeout must be at least 0, not {self.drain_timeout}")
         if self.unknown_fields not in ("refuse", "warn"):

@@ -44,8 +44,8 @@ def _plain(i: int, message: Message) -> dict[str, Any]:
             where = f"messages[{i}].tool_calls[{j}].function.arguments"
             raise ApiError(400, f"{where} is not valid JSON: {error}", param=where) from None
         call.pop("index", None)
-    if isinstance(message.content, list):
-        plain["content"] = "\n".join(part.text or part.refusal or "" for part in message.content)
+    if message.text is not None:
+        plain["content"] = message.text
     if "reasoning" in plain:
         plain["reasoning_content"] = plain.pop("reasoning")
     if "content" not in plain and "refusal" in plain:

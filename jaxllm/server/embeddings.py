@@ -24,7 +24,7 @@ from jaxllm.serving.pooling import embedding_params
 async def embeddings(request: Request) -> Response:
     service: Service = request.app.state.server
     body = await read_body(request, EmbeddingRequest)
-    return json_response(await until_gone(request, answer(service, body)))
+    return json_response(await until_gone(request.receive, answer(service, body)))
 
 
 async def answer(service: Service, body: EmbeddingRequest) -> dict[str, Any]:
@@ -35,7 +35,7 @@ async def answer(service: Service, body: EmbeddingRequest) -> dict[str, Any]:
         message = f"dimensions={body.dimensions}: this model's embeddings have {width} and cannot be cut: leave dimensions out"
         raise ApiError(400, message, param="dimensions")
     prompts, done = await _prompts(service, body), {}
-    async with aclosing(service.run(prompts, embedding_params())) as outputs:
+    async with aclosing(service.run(prompts, embedding_params(), shown=False, field="input")) as outputs:
         async for i, output in outputs:
             done[i] = output
     data = [{"object": "embedding", "index": i, "embedding": _written(done[i], body.encoding_format)} for i in range(len(prompts))]

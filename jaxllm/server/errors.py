@@ -1,4 +1,4 @@
-"""Errors as clients get them: OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as clients get them: OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, or Anthropic's on its own paths."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 _LONGEST = 1000  # characters of a message
 _PARAMETERS = {parameter.name for parameter in PARAMETERS}
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC = "/v1/messages"
 
 
 class ApiError(Exception):
@@ -33,8 +34,12 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+    def body(self, path: str) -> dict[str, Any]:
+        """In the shape of the protocol that `path` is of."""
+        if not path.startswith(_ANTHROPIC):
+            return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        kind = {413: "request_too_large"}.get(self.status, "api_error" if self.status >= 500 else self.type)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
 def as_api_error(error: BaseException) -> ApiError:

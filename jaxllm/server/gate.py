@@ -54,13 +54,13 @@ class Gate:
         except Exception as error:
             told = as_api_error(error)
             if status is None:
-                await json_response(told.body(), told.status, told.headers)(scope, receive, tell)
+                await json_response(told.body(scope["path"]), told.status, told.headers)(scope, receive, tell)
         finally:
             if self.config.access_log:
                 self._log(scope, request_id, status or _LEFT, time.perf_counter() - start)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+        if not self._keys or scope["path"] in _OPEN:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -28,16 +28,16 @@ async def model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """200 while the engine lives; 503 with the reason when it does not."""
-    if (error := request.app.state.server.llm.dead) is not None:
-        return json_response(ApiError(503, str(error), code="engine_dead").body(), 503)
+    """200 while the engine lives and works; 503 with the reason when it does not."""
+    if (error := request.app.state.server.trouble()) is not None:
+        return json_response(error.body("/health"), 503)
     return json_response({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
     """200 while new requests are taken."""
     if request.app.state.server.draining:
-        return json_response(ApiError(503, "this server is shutting down", code="draining").body(), 503)
+        return json_response(ApiError(503, "this server is shutting down", code="draining").body("/ready"), 503)
     return await health(request)
 
 

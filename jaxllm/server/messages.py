@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxllm.errors import JaxLLMError
 from jaxllm.server import chat
 from jaxllm.server.body import check, read_body
 from jaxllm.server.errors import ApiError, as_api_error
@@ -20,41 +19,17 @@ from jaxllm.server.streaming import Lines, event, json_response, stream_response
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-_ERRORS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+_LINES = Lines(lambda tree: event(tree, tree["type"]), lambda error: event(as_api_error(error).body("/v1/messages"), "error"), b"")
 
 
-def _error(error: BaseException) -> tuple[ApiError, dict[str, Any]]:
-    told = as_api_error(error)
-    kind = _ERRORS.get(told.status, "invalid_request_error" if told.status < 500 else "api_error")
-    return told, {"type": "error", "error": {"type": kind, "message": told.message}}
-
-
-_LINES = Lines(lambda tree: event(tree, tree["type"]), lambda error: event(_error(error)[1], "error"), b"")
-
-
-def _handler(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """With errors in Anthropic's shape."""
-
-    async def handle(request: Request) -> Response:
-        try:
-            return await answer(request)
-        except (ApiError, JaxLLMError, TimeoutError) as error:
-            told, body = _error(error)
-            return json_response(body, told.status, told.headers)
-
-    return handle
-
-
-@_handler
 async def messages(request: Request) -> Response:
     body = await read_body(request, MessagesRequest)
     job = await chat.prepare(request.app.state.server, _as_chat(body))
     if body.stream:
         return await stream_response(request, _events(job), _LINES)
-    return json_response(_message(job, await until_gone(request, job.answer())))
+    return json_response(_message(job, await until_gone(request.receive, job.answer())))
 
 
-@_handler
 async def count_tokens(request: Request) -> Response:
     body = await read_body(request, CountRequest)
     job = await chat.prepare(request.app.state.server, _as_chat(body))
@@ -78,7 +53,12 @@ def _as_chat(body: CountRequest) -> ChatRequest:
         tree |= {"top_p": body.top_p, "top_k": body.top_k}
         if body.stream:
             tree |= {"stream": True, "stream_options": {"include_usage": True}}
-    return check(tree, ChatRequest)
+    try:
+        return check(tree, ChatRequest)
+    except ApiError as error:
+        if error.param == "stop":  # by the name that it has here
+            raise ApiError(400, f"stop_sequences{error.message.removeprefix('stop')}", param="stop_sequences", code=error.code) from None
+        raise
 
 
 def _text(content: str | list[TextBlock] | None) -> str:
@@ -91,7 +71,7 @@ def _turn(turn: Turn) -> list[dict[str, Any]]:
     if isinstance(turn.content, str):
         return [{"role": turn.role, "content": turn.content}]
     results = [
-        {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content)}
+        {"role": "tool", "tool_call_id": block.tool_use_id, "content": ("Error: " if block.is_error else "") + _text(block.content)}
         for block in turn.content
         if isinstance(block, ToolResultBlock)
     ]

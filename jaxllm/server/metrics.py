@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+import prometheus_client
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from jaxllm.server.tally import Counter, Histogram
 from jaxllm.serving import AsyncLLM, RequestOutput, SamplingParams
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -24,17 +26,15 @@ class Metrics:
 
     def __init__(self, llm: AsyncLLM, model_name: str):
         self.registry = CollectorRegistry()
-        counter = lambda name, doc, *labels: Counter(f"jaxllm:{name}", doc, ["model_name", *labels], registry=self.registry)
-
-        def histogram(name: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"jaxllm:{name}", doc, ["model_name"], buckets=buckets, registry=self.registry)
-            return made.labels(model_name)
-
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, those in the cache included.").labels(model_name)
-        self.generation_tokens = counter("generation_tokens", "Generated tokens.").labels(model_name)
-        self.queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.").labels(model_name)
-        self.hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.").labels(model_name)
-        ended = counter("request_success", "Prompts that have ended, by how.", "finished_reason")
+        label = ("model_name", model_name)
+        counter = lambda name, doc: Counter(f"jaxllm:{name}", doc, label, self.registry)
+        histogram = lambda name, doc, bounds: Histogram(f"jaxllm:{name}", doc, label, bounds, self.registry)
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, those in the cache included.")
+        self.generation_tokens = counter("generation_tokens", "Generated tokens.")
+        self.queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.")
+        self.hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        labels = ["model_name", "finished_reason"]
+        ended = prometheus_client.Counter("jaxllm:request_success", "Prompts that have ended, by how.", labels, registry=self.registry)
         self.ended = {reason: ended.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
         self.between = histogram("inter_token_latency_seconds", "From a token to the next.", _BETWEEN)
@@ -57,38 +57,42 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-    def watch(self, params: SamplingParams) -> Watch:
-        """For one prompt that is about to run."""
+    def watch(self, params: SamplingParams, *, shown: bool = True) -> Watch:
+        """For one prompt that is about to run. `shown`: whether anybody gets to see what is drawn."""
         self.request_n.observe(params.n)
-        return Watch(self)
+        return Watch(self, shown)
 
 
 class Watch:
     """Follows one prompt."""
 
-    def __init__(self, metrics: Metrics):
-        self._metrics, self._tokens, self._last, self._over = metrics, 0, 0.0, False
+    def __init__(self, metrics: Metrics, shown: bool):
+        self._metrics, self._shown, self._tokens, self._over = metrics, shown, 0, False
+        self._last: float | None = None  # when there was something new
 
     def news(self, output: RequestOutput) -> int:
         """Counts what there is now; returns how many tokens, of the prompt and of the answers, were not there before."""
         metrics, now = self._metrics, time.monotonic()
-        tokens = sum(len(each.token_ids) for each in output.outputs)
+        tokens = output.num_tokens if self._shown else 0
         new, times = tokens - self._tokens, output.metrics
         counted = max(0, new)  # beams may have fewer
-        if times.last_token_time is not None:
+        if self._shown and times.last_token_time is not None:
             metrics.delivery.observe(now - times.last_token_time)
         metrics.generation_tokens.inc(counted)
-        if self._tokens == 0 and tokens:
+        if self._last is None and times.first_token_time is not None:
             counted += len(output.prompt_token_ids)
             metrics.prompt_tokens.inc(len(output.prompt_token_ids))
             metrics.queries.inc(len(output.prompt_token_ids))
             metrics.hits.inc(output.num_cached_tokens)
-            metrics.first_token.observe(times.first_token_time - times.arrival_time)
+            if self._shown:
+                metrics.first_token.observe(times.first_token_time - times.arrival_time)
             metrics.queue.observe(times.scheduled_time - times.arrival_time)
             metrics.prefill.observe(times.first_token_time - times.scheduled_time)
+            self._last = now
         elif new > 0:
             metrics.between.observe(now - self._last)
-        self._tokens, self._last = tokens, now
+            self._last = now
+        self._tokens = tokens
         if output.finished:
             self._end(output)
         return counted
@@ -99,11 +103,13 @@ class Watch:
         for each in output.outputs:
             metrics.ended[each.finish_reason].inc()
         metrics.request_prompt.observe(len(output.prompt_token_ids))
-        metrics.request_generation.observe(self._tokens)
         metrics.whole.observe(times.finished_time - times.arrival_time)
         if times.first_token_time is not None:
-            metrics.decode.observe(times.finished_time - times.first_token_time)
             metrics.inference.observe(times.finished_time - times.scheduled_time)
+        if self._shown:
+            metrics.request_generation.observe(self._tokens)
+        if self._shown and times.first_token_time is not None:
+            metrics.decode.observe(times.finished_time - times.first_token_time)
             if (longest := max(len(each.token_ids) for each in output.outputs)) > 1:
                 metrics.per_token.observe((times.finished_time - times.first_token_time) / (longest - 1))
 
@@ -124,6 +130,7 @@ class _EngineCollector:
         gauges = {
             "num_requests_running": ("Sequences that run.", now.running),
             "num_requests_waiting": ("Sequences that wait for a place or pages.", now.waiting),
+            "engine_silent_seconds": ("For how long requests have waited without any news of the engine.", self._llm.silent_for),
             "kv_cache_usage_perc": ("Share of the KV cache's pages in use; 1 is all.", 1 - now.free_pages / now.pages),
         }
         counters = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxllm.serving import RequestOutput
 from jaxllm.serving.request import CompletionOutput, Logprob
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What one continuation has that it did not have before. `offset`: characters of its text before this."""
 
     text: str
@@ -48,7 +47,7 @@ class Progress:
 def usage(outputs: list[RequestOutput]) -> dict:
     """OpenAI's, of finished or unfinished requests."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    completion = sum(len(each.token_ids) for output in outputs for each in output.outputs)
+    completion = sum(output.num_tokens for output in outputs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -65,15 +65,26 @@ def plan_reading(service: Service, body: ChatRequest) -> Reading:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": schema},
+            "properties": {"name": {"const": name}, "parameters": _moved(schema, f"items/anyOf/{i}/properties/parameters")},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for name, schema in schemas.items()
+        for i, (name, schema) in enumerate(schemas.items())
     ]
     most = {} if parallel else {"maxItems": 1}
     schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1} | most
     return Reading(plain, {"json": schema, "disable_any_whitespace": True}, Required, thinks, parallel=parallel)
+
+
+def _moved(schema: Any, path: str) -> Any:
+    """What a schema must be within another, at `path`: it refers to its own definitions from the root."""
+    if isinstance(schema, list):
+        return [_moved(each, path) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    here = {name: value if name in ("const", "enum") else _moved(value, path) for name, value in schema.items()}
+    ref = here.get("$ref")
+    return here | {"$ref": f"#/{path}{ref[1:]}"} if isinstance(ref, str) and f"{ref}/".startswith("#/") else here
 
 
 class Reader:

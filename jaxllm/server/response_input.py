@@ -20,15 +20,16 @@ from jaxllm.server.protocol.responses import (
 )
 
 
-def read_items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages. What a model said in one turn (its thoughts, its text, its calls) is one message. Raises ApiError."""
+def read_items(given: str | list[dict[str, Any]], *, warn: bool) -> list[dict[str, Any]]:
+    """Messages. What a model said in one turn (its thoughts, its text, its calls) is one message. `warn`: see
+    `body.check`. Raises ApiError."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not given:
         raise ApiError(400, "input has nothing in it: give a text, or a list of items", param="input")
     messages: list[dict[str, Any]] = []
     for i, tree in enumerate(given):
-        add_item(messages, _checked(tree, INPUT_ITEMS, f"input[{i}]", default="message"))
+        add_item(messages, _checked(tree, INPUT_ITEMS, f"input[{i}]", default="message", warn=warn))
     return messages
 
 
@@ -59,19 +60,19 @@ def _text(content: str | list[Part]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
-def _checked(tree: dict[str, Any], kinds: dict[str, type[Body]], where: str, default: str | None = None) -> Any:
+def _checked(tree: dict[str, Any], kinds: dict[str, type[Body]], where: str, *, warn: bool, default: str | None = None) -> Any:
     kind = tree.get("type", default)
     if not isinstance(kind, str) or kind not in kinds:
         message = f"{where}.type: {kind!r:.100} is not implemented here: {' or '.join(kinds)}"
         raise ApiError(400, message, param=f"{where}.type", code="invalid_value")
     try:
-        return check(tree, kinds[kind])
+        return check(tree, kinds[kind], warn=warn)
     except ApiError as error:
         param = f"{where}.{error.param}" if error.param else where
         raise ApiError(400, f"{where}: {error.message}", param=param, code=error.code) from None
 
 
-def as_chat(body: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatRequest:
+def as_chat(body: ResponsesRequest, messages: list[dict[str, Any]], *, warn: bool) -> ChatRequest:
     """Raises ApiError for what is wrong with it as a chat, too."""
     first = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     same = ("model", "temperature", "top_p", "top_k", "seed", "parallel_tool_calls", "cache_salt", "chat_template_kwargs", "user")
@@ -82,7 +83,7 @@ def as_chat(body: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatReque
     if body.include:
         tree |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     if body.tools:
-        tools = [_checked(tool, {"function": FunctionTool}, f"tools[{i}]") for i, tool in enumerate(body.tools)]
+        tools = [_checked(tool, {"function": FunctionTool}, f"tools[{i}]", warn=warn) for i, tool in enumerate(body.tools)]
         tree["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)} for tool in tools]
     choice = body.tool_choice
     tree["tool_choice"] = choice if choice is None or isinstance(choice, str) else {"type": "function", "function": {"name": choice.name}}

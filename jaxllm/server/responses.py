@@ -84,7 +84,7 @@ async def responses(request: Request) -> Response:
         return json_response(stored.answer.response)
     if body.stream:
         return await stream_response(request, stored.answer.events(), _LINES)
-    return json_response(await until_gone(request, answer(stored.answer)))
+    return json_response(await until_gone(request.receive, answer(stored.answer)))
 
 
 async def prepare(service: Service, store: Store, body: ResponsesRequest) -> Stored:
@@ -97,14 +97,15 @@ async def prepare(service: Service, store: Store, body: ResponsesRequest) -> Sto
     if (body.max_output_tokens or 0) > service.max_model_len:
         message = f"max_output_tokens={body.max_output_tokens} exceeds max_model_len={service.max_model_len}: ask for fewer"
         raise ApiError(400, message, param="max_output_tokens")
-    messages = read_items(body.input)
+    warn = service.config.unknown_fields == "warn"
+    messages = read_items(body.input, warn=warn)
     if body.previous_response_id is not None:
         before = store.get(body.previous_response_id)
         if before is None or before.answer.response["status"] not in ("completed", "incomplete"):
             message = f"there is no finished response {body.previous_response_id!r:.100} here: it was not stored, or has been dropped since"
             raise ApiError(400, message, param="previous_response_id", code="previous_response_not_found")
         messages = before.conversation() + messages
-    job = await chat.prepare(service, as_chat(body, messages))
+    job = await chat.prepare(service, as_chat(body, messages, warn=warn))
     stored = Stored(Answer(body, job), messages, _owner())
     if body.store is not False:
         store.add(stored)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import signal
 import socket
+import ssl
 import time
 
 import uvicorn
@@ -41,12 +43,23 @@ def address(config: ServerConfig, listener: socket.socket) -> str:
     return f"{'https' if config.tls_key else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def check_tls(config: ServerConfig) -> None:
+    """What is wrong with the certificate or its key shows before a model is loaded. Raises ConfigError."""
+    if config.tls_certificate is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.tls_certificate, config.tls_key)
+        except (OSError, ValueError) as error:  # SSLError is an OSError
+            files = f"tls_certificate={config.tls_certificate} and tls_key={config.tls_key}"
+            raise ConfigError(f"{files} cannot be read as a certificate and its key (PEM): {error}") from error
+
+
 class Server(uvicorn.Server):
     """The first SIGTERM or SIGINT lets the requests that are there finish, and refuses others; the second ends at once."""
 
     def __init__(self, settings: uvicorn.Config, service: Service, timeout: float):
         super().__init__(settings)
         self._service, self._timeout, self._deadline = service, timeout, math.inf
+        self._hangs = False
 
     def handle_exit(self, sig: int, frame: object) -> None:
         if self._service.draining or not self.started:
@@ -63,6 +76,10 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to end."""
+        trouble = self._service.trouble()
+        if (hangs := trouble is not None and trouble.code == "engine_hangs") != self._hangs:
+            self._hangs = hangs
+            logger.error("%s", trouble.message) if hangs else logger.warning("the engine hangs no more")
         if self._service.draining and self._service.pending and time.monotonic() > self._deadline:
             logger.warning("%d prompts have not finished in time: they are ended with an error", self._service.pending)
             await asyncio.to_thread(self._service.llm.shutdown)
@@ -74,6 +91,8 @@ def run_server(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> 
     """Serves until SIGTERM or SIGINT, drains, and shuts the engine down."""
     try:
         server = make_server(llm, config)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection, which halts all streams, need look at it again
         server.run(sockets=[listener])
         server.close()
     finally:

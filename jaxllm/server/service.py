@@ -43,6 +43,16 @@ class Service:
     def max_model_len(self) -> int:
         return self.llm.max_model_len
 
+    def trouble(self) -> ApiError | None:
+        """Why the engine serves nobody, if that is so: it has died, or it hangs."""
+        if (error := self.llm.dead) is not None:
+            return ApiError(503, str(error), code="engine_dead")
+        silent, limit = self.llm.silent_for, self.config.step_timeout
+        if limit is None or silent <= limit:
+            return None
+        message = f"the engine hangs: {self.pending} prompts wait, and there has been no step for {silent:.0f} s (step_timeout={limit:g})"
+        return ApiError(503, message, code="engine_hangs")
+
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError for another model than ours."""
         if name is not None and name not in self.names:
@@ -64,22 +74,29 @@ class Service:
         finally:
             self.pending -= count
 
-    async def run(self, prompts: Sequence[dict[str, Any]], params: SamplingParams) -> AsyncIterator[tuple[int, RequestOutput]]:
+    async def run(
+        self, prompts: Sequence[dict[str, Any]], params: SamplingParams, *, shown: bool = True, field: str = "prompt"
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(which prompt, all that there is of it so far), whenever there is more. Closing it aborts what is not finished.
 
+        `shown`: whether anybody gets to see what is drawn; `field`: of the request that has the prompts.
         Raises RequestError, EngineDeadError, ApiError, or TimeoutError.
         """
         if len(prompts) * params.n > self.config.max_prompts:
             message = f"{len(prompts)} prompts with n={params.n} are more than this server's max_prompts={self.config.max_prompts}"
-            raise ApiError(400, f"{message}: send fewer at a time", param="n" if len(prompts) == 1 else "prompt")
+            raise ApiError(400, f"{message}: send fewer at a time", param="n" if len(prompts) == 1 else field)
         limit = self.config.request_timeout
         deadline = None if limit is None else asyncio.get_running_loop().time() + limit
         client = current_client.get()
         with self.places(len(prompts)):
             if client is not None:
                 client.enter()
-            streams = [self._watched(prompt, params, client) for prompt in prompts]
+            streams = [self._watched(prompt, params, client, shown) for prompt in prompts]
             async with aclosing(merge(streams) if len(streams) > 1 else _alone(streams[0])) as outputs:
+                if deadline is None:  # it costs every token
+                    async for news in outputs:
+                        yield news
+                    return
                 while True:
                     async with asyncio.timeout_at(deadline):
                         news = await anext(outputs, None)
@@ -87,13 +104,15 @@ class Service:
                         return
                     yield news
 
-    async def _watched(self, prompt: dict[str, Any], params: SamplingParams, client: Client | None) -> AsyncIterator[RequestOutput]:
+    async def _watched(
+        self, prompt: dict[str, Any], params: SamplingParams, client: Client | None, shown: bool
+    ) -> AsyncIterator[RequestOutput]:
         watch, counted, output = None, 0, None
         if client is not None:
             prompt = prompt | {"tenant": client.name}
         try:
             async with aclosing(self.llm.generate(prompt, params)) as outputs:
-                watch = self.metrics.watch(params)
+                watch = self.metrics.watch(params, shown=shown)
                 async for output in outputs:
                     tokens = watch.news(output)
                     counted += tokens

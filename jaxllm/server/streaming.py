@@ -10,7 +10,8 @@ from typing import Any
 
 import pydantic_core
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from jaxllm.server.errors import as_api_error
 
@@ -23,9 +24,9 @@ def json_response(tree: Any, status: int = 200, headers: dict[str, str] | None =
     return Response(pydantic_core.to_json(tree), status, headers, media_type="application/json")
 
 
-async def until_gone[Result](request: Request, work: Awaitable[Result]) -> Result:
+async def until_gone[Result](receive: Receive, work: Awaitable[Result]) -> Result:
     """What `work` returns. Cancels it and raises ClientLeft when the client goes before."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -37,8 +38,8 @@ async def until_gone[Result](request: Request, work: Awaitable[Result]) -> Resul
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
@@ -57,7 +58,7 @@ class Lines:
     end: bytes
 
 
-OPENAI = Lines(event, lambda error: event(as_api_error(error).body()), b"data: [DONE]\n\n")
+OPENAI = Lines(event, lambda error: event(as_api_error(error).body("/v1")), b"data: [DONE]\n\n")
 
 
 async def stream_response(request: Request, events: AsyncGenerator[Any], lines: Lines = OPENAI) -> Response:
@@ -66,32 +67,39 @@ async def stream_response(request: Request, events: AsyncGenerator[Any], lines: 
     Raises what `events` raises first, or ClientLeft.
     """
     try:
-        first = await until_gone(request, _next(events))
+        first = await until_gone(request.receive, _next(events))
     except BaseException:
         await events.aclose()
         raise
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventStream(_written(first, events, lines), media_type="text/event-stream", headers=headers)
+    return EventStream(first, events, lines)
 
 
 async def _next(events: AsyncIterator[Any]) -> Any:
     return await anext(events)
 
 
-async def _written(first: Any, events: AsyncGenerator[Any], lines: Lines) -> AsyncIterator[bytes]:
-    async with aclosing(events):
-        yield lines.encode(first)
+class EventStream(Response):
+    """Writes events until there are no more, or the client has gone; then it closes what they come from, which ends its request. (Every
+    token passes here: Starlette's StreamingResponse does the same with two more generators.)"""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: Any, events: AsyncGenerator[Any], lines: Lines):
+        self.status_code, self.background = 200, None
+        self._first, self._events, self._lines = first, events, lines
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await until_gone(receive, self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        lines, tell = self._lines, lambda piece: send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await tell(lines.encode(self._first))
         try:
-            async for each in events:
-                yield lines.encode(each)
+            async for each in self._events:
+                await tell(lines.encode(each))
         except Exception as error:
-            yield lines.error(error)
-        yield lines.end
-
-
-class EventStream(StreamingResponse):
-    """Closes what it reads from whenever it ends, so that a client that leaves ends its request."""
-
-    async def __call__(self, scope, receive, send) -> None:
-        async with aclosing(self.body_iterator):
-            await super().__call__(scope, receive, send)
+            await tell(lines.error(error))
+        await send({"type": "http.response.body", "body": lines.end, "more_body": False})

@@ -5,11 +5,13 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.checkpoints import resolve_model
 from jaxllm.config import from_dict
 from jaxllm.errors import ConfigError
 from jaxllm.serving.bundle import bundle_settings
@@ -34,9 +36,23 @@ class _Stream:
 
     def __init__(self):
         self.loop = asyncio.get_running_loop()
-        self.ready = asyncio.Event()
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
+        self._waiter: asyncio.Future | None = None
+
+    async def after(self, output: RequestOutput | None) -> RequestOutput:
+        """What is newer than `output`. Raises the error that has ended the stream."""
+        while self.error is None and self.output is output:
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        if self.error is not None:
+            raise self.error
+        return self.output
+
+    def wake(self) -> None:
+        """On the loop, when there may be something new."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class AsyncLLM:
@@ -69,6 +85,7 @@ class AsyncLLM:
         self._numbers = itertools.count()
         self._streams: dict[int, _Stream] = {}
         self._lock = threading.Lock()  # of all these
+        self._owed: float | None = None  # since when the engine has to tell something; None: it has nothing to do
         self.on_step: Callable[[int], None] | None = None  # is told how many tokens each step has, on a thread of the engine's
         listener = Listener(self._deliver, self._end)
         if engine_process:
@@ -76,8 +93,15 @@ class AsyncLLM:
                 raise ConfigError("logits_processors are functions of this process: leave engine_process out")
             from jaxllm.serving.engine_process import EngineProcess
 
+            for name in filter(None, (self.config.model, self.config.tokenizer)):
+                resolve_model(name)  # fetched once, and not by both
             self.backend = EngineProcess(self.config, listener)
-            self._tokenizer = read_tokenizer(self.config)
+            try:
+                self._tokenizer = read_tokenizer(self.config)  # while the engine loads
+            except BaseException:
+                self.backend.give_up()
+                raise
+            self.backend.wait()
         else:
             from jaxllm.serving.engine_thread import EngineThread
 
@@ -100,6 +124,13 @@ class AsyncLLM:
     def restarts(self) -> int:
         """Times that the engine died and was started again."""
         return self.backend.restarts
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds without any news of the engine since it was last asked for something, or told something while it had more to do; 0:
+        it has nothing to do. If they are many more than a step takes, it hangs."""
+        owed = self._owed
+        return 0.0 if owed is None else time.monotonic() - owed
 
     @property
     def max_model_len(self) -> int:
@@ -145,15 +176,12 @@ class AsyncLLM:
         try:
             with self._lock:
                 self._streams[number] = stream
+                if self._owed is None and self.dead is None:
+                    self._owed = time.monotonic()  # it has a turn after whatever it is asked, if only to forget it again
             await asyncio.wrap_future(self.backend.add(number, request_id, ids, params, text, labels))
             while output is None or not output.finished:
-                await stream.ready.wait()
-                stream.ready.clear()
-                if stream.error is not None:
-                    raise stream.error
-                if stream.output is not output:  # it may have been read when the wake-up before this one came
-                    output = stream.output
-                    yield output
+                output = await stream.after(output)
+                yield output
         finally:
             with self._lock:
                 self._streams.pop(number, None)
@@ -207,11 +235,12 @@ class AsyncLLM:
         """Hands outputs to their event loops, waking each loop once."""
         woken = []
         with self._lock:
-            for number, output in news.outputs:
-                stream = self._streams.get(number)
+            for number, output in news.outputs:  # one that is finished waits for nothing more, though its reader may be slow
+                stream = self._streams.pop(number, None) if output.finished else self._streams.get(number)
                 if stream is not None:
                     stream.output = output
                     woken.append(stream)
+            self._owed = time.monotonic() if self._streams else None
         _wake(woken)
         if self.on_step is not None:
             for tokens in news.step_tokens:
@@ -219,7 +248,7 @@ class AsyncLLM:
 
     def _end(self, error: EngineDeadError) -> None:
         with self._lock:
-            streams, self._streams = self._streams, {}
+            streams, self._streams, self._owed = self._streams, {}, None
         for stream in streams.values():
             stream.error = error
         _wake(streams.values())
@@ -235,4 +264,4 @@ def _wake(streams: Iterable[_Stream]) -> None:
         by_loop.setdefault(stream.loop, []).append(stream)
     for loop, streams in by_loop.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed: whoever read there has gone
-            loop.call_soon_threadsafe(lambda streams=streams: [stream.ready.set() for stream in streams])
+            loop.call_soon_threadsafe(lambda streams=streams: [stream.wake() for stream in streams])

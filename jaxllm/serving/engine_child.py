@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -43,6 +44,8 @@ class EngineChild:
             if not isinstance(error, JaxLLMError):
                 raise
             return 1
+        gc.collect()
+        gc.freeze()  # what is there now stays: collections, which hold up the device's next step, pass it over
         self._send("ready", self._engine.facts, self._engine.figures)
         while True:
             what, *rest = self._inbox.get()

@@ -26,7 +26,7 @@ from typing import Any
 
 import jaxllm
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.news import EngineDeadError, EngineFacts, EngineFigures, Listener, News
+from jaxllm.serving.news import EngineDeadError, EngineFacts, EngineFigures, Listener, News, fail
 from jaxllm.serving.sampling_params import SamplingParams
 from jaxllm.serving.wire import OutputReader
 
@@ -85,7 +85,7 @@ class _Child:
 
 
 class EngineProcess:
-    """What `EngineThread` is, for an engine elsewhere."""
+    """What `EngineThread` is, for an engine elsewhere. It loads while whoever made this does something else, until `wait`."""
 
     def __init__(self, config: EngineConfig, listener: Listener):
         self._config, self._listener = config, listener
@@ -97,9 +97,17 @@ class EngineProcess:
         self._tickets = itertools.count()
         self._stopping = threading.Event()
         self._child = _Child(config)
+
+    def wait(self) -> None:
+        """Until it can serve. Raises what it could not be made for, or EngineDeadError."""
         self.facts, self.figures = self._child.ready()
         self._thread = threading.Thread(target=self._watch, name="jaxllm-engine-pipe", daemon=True)
         self._thread.start()
+
+    def give_up(self) -> None:
+        """In place of `wait`."""
+        self._child.process.kill()
+        self._child.end()
 
     @property
     def pid(self) -> int:
@@ -142,7 +150,7 @@ class EngineProcess:
                 self._replies[ticket] = done
                 self._send(what, ticket, *rest)
         if dead is not None:
-            done.set_exception(dead)
+            fail(done, dead)
         return done
 
     def _send(self, *message: Any) -> None:
@@ -201,8 +209,12 @@ class EngineProcess:
     def _on_reply(self, ticket: int, error: BaseException | None, result: Any) -> None:
         with self._lock:
             done = self._replies.pop(ticket, None)
-        if done is not None and done.set_running_or_notify_cancel():
-            done.set_result(result) if error is None else done.set_exception(error)
+        if done is None:
+            return
+        if error is not None:
+            fail(done, error)
+        elif done.set_running_or_notify_cancel():
+            done.set_result(result)
 
     def _on_news(self, told: list[tuple[int, Any]], step_tokens: list[int], figures: EngineFigures) -> None:
         outputs = []
@@ -210,8 +222,8 @@ class EngineProcess:
             self.figures = figures
             for number, news in told:
                 if (reader := self._readers.get(number)) is not None:
-                    outputs.append((number, reader.output(news)))
-                    if news.finished:
+                    outputs.append((number, output := reader.output(news)))
+                    if output.finished:
                         del self._readers[number]
         self._listener.news(News(outputs, step_tokens))
 
@@ -227,5 +239,4 @@ class EngineProcess:
             self._readers.clear()
         self._listener.end(error)
         for done in replies.values():
-            if done.set_running_or_notify_cancel():
-                done.set_exception(error)
+            fail(done, error)

@@ -10,7 +10,7 @@ from jaxllm.errors import JaxLLMError
 from jaxllm.serving.config import EngineConfig
 from jaxllm.serving.engine import Engine
 from jaxllm.serving.logits import LogitsProcessor
-from jaxllm.serving.news import EngineDeadError, EngineFigures, Listener, News, facts_of, figures_of
+from jaxllm.serving.news import EngineDeadError, EngineFigures, Listener, News, facts_of, fail, figures_of
 from jaxllm.serving.request import RequestOutput
 from jaxllm.serving.sampling_params import SamplingParams
 from jaxllm.serving.structured import Matcher
@@ -81,14 +81,14 @@ class EngineThread:
                 self._inbox.append((done, action))
                 self._wake.notify()
         if dead is not None:
-            _fail(done, dead)
+            fail(done, dead)
 
     def _compile(self, done: Future, params: SamplingParams, add: Callable[[Matcher | None], Callable[[], None]]) -> None:
         """Makes what structured output needs, which takes time, on a thread beside the engine's."""
         try:
             matcher = self.engine.matcher(params)
         except BaseException as error:
-            _fail(done, error)
+            fail(done, error)
         else:
             self._post(done, add(matcher))
 
@@ -153,11 +153,6 @@ class EngineThread:
             self.dead, actions, self._inbox = error, self._inbox, deque()
         self._listener.end(error)
         for done, _ in actions:
-            _fail(done, error)
+            fail(done, error)
         self._grammars.shutdown(wait=False)
         self.engine.close()  # when everyone has been told: it may fail on a broken device
-
-
-def _fail(done: Future, error: BaseException) -> None:
-    if done.set_running_or_notify_cancel():
-        done.set_exception(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
 class EngineDeadError(JaxLLMError, RuntimeError):
     """The engine has ended, by `shutdown` or by an error, which this one tells; no request can be served."""
+
+
+def fail(asked: Future, error: BaseException) -> None:
+    """Unless whoever asked has been cancelled."""
+    if asked.set_running_or_notify_cancel():
+        asked.set_exception(error)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ class RequestOutput:
     prompt_logprobs: "list[dict[int, Logprob] | None] | None" = None  # for each token; None for the first
     embedding: np.ndarray | None = None  # float32 [D], of length 1, where the prompt asked for `pooling`
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all continuations so far."""
+        outputs = self.outputs
+        return len(outputs[0].token_ids) if len(outputs) == 1 else sum(len(each.token_ids) for each in outputs)
+
 
 @dataclass(eq=False)
 class Completion:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.serving.news import figures_of
+
 if TYPE_CHECKING:
     from jaxllm.serving.engine import Engine
 
@@ -26,14 +28,15 @@ def snapshot(engine: Engine) -> dict[str, Any]:
                 "pages": sequence.pages,
             }
         )
+    figures = figures_of(engine)
     return {
         "time": now,
         "running": running,
-        "waiting": len(scheduler.waiting),
-        "pages": engine.pool.capacity + 1,
-        "pages_used": engine.pool.capacity - engine.pool.num_free,
-        "steps": engine.stats.steps,
-        "host_s": engine.stats.host_s,
+        "waiting": figures.waiting,
+        "pages": figures.pages + 1,  # page 0 is nobody's
+        "pages_used": figures.pages - figures.free_pages,
+        "steps": figures.steps,
+        "host_s": figures.host_s,
         "tokens": engine.stats.tokens,
-        "compiles_after_warmup": engine.runner.stats.compiles_after_warmup,
+        "compiles_after_warmup": figures.compiles_after_warmup,
     }

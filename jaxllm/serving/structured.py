@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ _FORMS: dict[str, dict[str, Any]] = {
     "grammar": {"type": "string"},
     "structural_tag": {"type": ["object", "string"]},
 }
+# llguidance follows references by recursion: too many of them in a row end the process. Long patterns take it the square of their length.
+_LONGEST, _LONGEST_GRAMMAR, _MOST_PATTERNS = 1 << 17, 1 << 15, 1 << 14  # characters: of a schema or choices, of the rest, of its patterns
+_MOST_REFERENCES, _MOST_RULES = 2000, 1000  # "$ref"s of a schema, rules of a grammar
+_STACK = 256 << 20  # bytes, of the thread that compiles
 _BESIDE = {"disable_any_whitespace": {"type": "boolean"}, "thinking": {"enum": ["may", "open", None]}}
 SCHEMA: dict[str, Any] = {
     "type": ["object", "null"],
@@ -78,7 +83,7 @@ class StructuredOutputs:
         if self.thinking not in (None, "may", "open"):
             raise ValueError("must have thinking as may or open")
         if isinstance(self.json, str | dict | bool):  # kept as text, so that it cannot change
-            object.__setattr__(self, "json", json.dumps(json.loads(self.json) if isinstance(self.json, str) else self.json))
+            object.__setattr__(self, "json", _as_text(self.json))
         elif self.json is not None:
             raise ValueError("must have json as a schema")
         if self.choice is not None:
@@ -104,12 +109,50 @@ class StructuredOutputs:
         return llguidance.LLMatcher.grammar_from_json_schema(self.json or '{"type": "object"}', options)
 
 
+def _as_text(tree: Any) -> str:
+    """JSON, or what is to become JSON, as JSON. Raises ValueError."""
+    try:
+        return json.dumps(json.loads(tree) if isinstance(tree, str) else tree)
+    except RecursionError:
+        raise ValueError("must not have JSON that is nested so deep") from None
+
+
+def _check_size(spec: StructuredOutputs) -> None:
+    """Raises RequestError."""
+    schema = spec.json or spec.structural_tag
+    written = spec.regex or spec.grammar or ""
+    counts = (
+        (len(schema or json.dumps(spec.choice)), _LONGEST, "characters"),
+        (len(written), _LONGEST_GRAMMAR, "characters of a regular expression or grammar"),
+        (written.replace("::=", ":").count(":") if spec.grammar else 0, _MOST_RULES, "rules (colons)"),
+        (schema.count('"$ref"') if schema else 0, _MOST_REFERENCES, "references ($ref)"),
+        (_pattern_chars(schema) if schema else 0, _MOST_PATTERNS, "characters of patterns"),
+    )
+    for count, most, what in counts:
+        if count > most:
+            raise RequestError(f"structured_outputs: {count} {what} are more than the {most} that are taken")
+
+
+def _pattern_chars(schema: str) -> int:
+    """Of all regular expressions in a schema."""
+    found, nodes = 0, [json.loads(schema)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            found += len(node["pattern"]) if isinstance(node.get("pattern"), str) else 0
+            found += sum(map(len, node["patternProperties"])) if isinstance(node.get("patternProperties"), dict) else 0
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
+    return found
+
+
 _TAGS = "must have structural_tag as {structures: [{begin, schema, end}, ...], triggers: [text, ...]}"
 
 
 def _check_tags(value: Any) -> str:
     """As text, so that it cannot change. Raises ValueError."""
-    tags = json.loads(value) if isinstance(value, str) else value
+    tags = json.loads(_as_text(value))
     if isinstance(tags, dict) and tags.get("type") == "structural_tag":
         tags = {name: entry for name, entry in tags.items() if name != "type"}
     if not isinstance(tags, dict) or set(tags) != {"structures", "triggers"}:
@@ -142,13 +185,16 @@ def _tags_grammar(tags: dict[str, Any], special_tokens: Collection[str]) -> str:
 
 
 def parse(value: Any) -> StructuredOutputs | None:
-    """As the table of sampling parameters wants it. Raises ValueError."""
-    if value is None or isinstance(value, StructuredOutputs):
-        return value
-    known = {field.name for field in fields(StructuredOutputs)}
-    if not isinstance(value, dict) or not set(value) <= known:
-        raise ValueError
-    return StructuredOutputs(**value)
+    """As the table of sampling parameters wants it. Raises ValueError, or RequestError for what is too much work."""
+    if value is None:
+        return None
+    if not isinstance(value, StructuredOutputs):
+        known = {field.name for field in fields(StructuredOutputs)}
+        if not isinstance(value, dict) or not set(value) <= known:
+            raise ValueError
+        value = StructuredOutputs(**value)
+    _check_size(value)
+    return value
 
 
 class Matcher:
@@ -171,7 +217,13 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """Why it can go no further, if the grammar asks for too much work, or a token came that it does not allow."""
-        return f"structured_outputs: {_first_line(self.matcher.get_error())}" if self.matcher.is_error() else None
+        if not self.matcher.is_error():
+            return None
+        why = _first_line(self.matcher.get_error())
+        return f"structured_outputs: {'it allows no text at all, as it has no end' if 'NoExtensionBias' in why else why}"
+
+
+_stack_size = threading.Lock()  # that of the threads that are started next is one number for all
 
 
 class Grammars:
@@ -226,6 +278,21 @@ class Grammars:
             return self._prepared
 
     def _compile(self, spec: StructuredOutputs) -> Matcher:
+        made: Future[Matcher] = Future()
+
+        def make() -> None:
+            try:
+                made.set_result(self._make(spec))
+            except BaseException as error:
+                made.set_exception(error)
+
+        with _stack_size:
+            before = threading.stack_size(_STACK)
+            threading.Thread(target=make, name="jaxllm-grammar", daemon=True).start()
+            threading.stack_size(before)
+        return made.result()
+
+    def _make(self, spec: StructuredOutputs) -> Matcher:
         tokenizer = self._prepare()
         import llguidance
 

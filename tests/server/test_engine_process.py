@@ -27,7 +27,7 @@ def engines_of(server: psutil.Process) -> list[psutil.Process]:
 
 @pytest.fixture
 def served(folder):
-    process, where, lines = start(folder, "--served-model-name", "tiny")
+    process, where, lines = start(folder, "--served-model-name", "tiny", "--step-timeout", "1")
     yield process, where, lines
     process.kill()
     process.wait()
@@ -50,7 +50,7 @@ def test_kill_9_of_the_engine_is_told_to_clients_and_repaired(served):
     until(lambda: call(where, "/ready")[0] == 200)
     assert client.completions.create(max_tokens=30, **LONG).choices[0].text == wanted
     metrics = urlopen(f"{where}/metrics").read().decode()
-    assert "jaxllm:engine_restarts_total{model_name=\"tiny\"} 1.0" in metrics
+    assert 'jaxllm:engine_restarts_total{model_name="tiny"} 1.0' in metrics
     assert any("SIGKILL" in line for line in lines) and any("the engine runs again" in line for line in lines)
     (engine,) = engines_of(psutil.Process(process.pid))
     process.send_signal(signal.SIGTERM)
@@ -65,6 +65,22 @@ def test_the_engine_ends_with_its_server_however_that_ends(served):
     assert call(where, "/v1/completions", {"prompt": "x", "max_tokens": 3})[0] == 200
     process.kill()
     until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_an_engine_that_is_stopped_is_told_on_health_and_goes_on(served):
+    process, where, lines = served
+    (engine,) = engines_of(psutil.Process(process.pid))
+    client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+    wanted = client.completions.create(max_tokens=1000, **LONG).choices[0].text
+    stream = iter(client.completions.create(max_tokens=1000, stream=True, **LONG))
+    text = next(stream).choices[0].text
+    engine.suspend()
+    until(lambda: call(where, "/health")[0] == 503)
+    assert call(where, "/ready")[2]["error"]["code"] == "engine_hangs" and call(where, "/version")[0] == 200
+    engine.resume()
+    assert text + "".join(chunk.choices[0].text for chunk in stream) == wanted
+    assert call(where, "/health")[0] == 200
+    until(lambda: any("hangs no more" in line for line in lines))
 
 
 def test_an_engine_that_does_not_come_back_is_given_up(folder, monkeypatch, tmp_path):

@@ -2,7 +2,7 @@
 
 import anthropic
 import pytest
-from servers import settled
+from servers import serving, settled
 from test_tools_http import NOW, WEATHER
 
 TURNS = [
@@ -54,6 +54,22 @@ def test_tools(claude):
     turns = [*TURNS, {"role": "assistant", "content": [use.model_dump(exclude_none=True, include={"type", "id", "name", "input"})]}]
     longer = claude.messages.count_tokens(model="tiny", messages=[*turns, {"role": "user", "content": [result]}], tools=TOOLS)
     assert longer.input_tokens > claude.messages.count_tokens(model="tiny", messages=TURNS, tools=TOOLS).input_tokens
+
+
+def test_who_asks_and_what_failed_are_told(claude, server, llm, caplog):
+    caplog.set_level("INFO", "jaxllm.access")
+    claude.messages.create(**ASKED, metadata={"user_id": "somebody"})
+    counted = {}
+    for is_error in (False, True):
+        use = {"type": "tool_use", "id": "a", "name": "now", "input": {}}
+        result = {"type": "tool_result", "tool_use_id": "a", "content": "It is late.", "is_error": is_error}
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+        counted[is_error] = claude.messages.count_tokens(model="tiny", messages=turns, tools=TOOLS).input_tokens
+    assert counted[True] > counted[False], "the model is told that it is an error"
+    with serving(llm, api_key=("a",)) as (where, _), pytest.raises(anthropic.AuthenticationError) as caught:
+        anthropic.Anthropic(base_url=where, api_key="b", max_retries=0).messages.create(**ASKED)
+    assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"] == "authentication_error"
+    assert any(record.getMessage().endswith("user='somebody'") for record in caplog.records)
 
 
 @pytest.mark.parametrize(

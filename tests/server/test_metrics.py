@@ -6,9 +6,13 @@ import urllib.request
 from pathlib import Path
 
 import openai
+import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from servers import serving, settled
+
+from jaxllm.server import tally
 
 # vLLM's (vllm/v1/metrics/loggers.py), without its prefix.
 NAMES = {
@@ -66,6 +70,32 @@ def test_what_requests_leave_in_the_metrics(where, llm):
     assert min(times) >= 0 and times[3] > 0
     assert after["num_requests_running",] == after["num_requests_waiting",] == after["kv_cache_usage_perc",] == 0
     assert after["compiles_after_warmup_total",] == 0
+
+
+def test_a_token_that_nobody_sees_is_not_counted(where):
+    client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+    before, _ = read(where)
+    used = client.embeddings.create(model="tiny", input="Once upon a time").usage
+    client.completions.create(model="tiny", prompt="x", max_tokens=0, extra_body={"echo": True})
+    after, _ = read(where)
+    change = {name: after[name] - before.get(name, 0) for name in after}
+    assert change["prompt_tokens_total",] == used.prompt_tokens + 1 and change["generation_tokens_total",] == 0
+    assert change["time_to_first_token_seconds_count",] == change["request_generation_tokens_count",] == 0
+    assert change["e2e_request_latency_seconds_count",] == change["request_success_total", "length"] == 2
+
+
+def test_our_counts_are_written_as_prometheus_writes_its_own():
+    ours, theirs, bounds = CollectorRegistry(), CollectorRegistry(), (0.5, 1, 2.5)
+    histogram, count = tally.Histogram("a:b", "Doc.", ("m", "x"), bounds, ours), tally.Counter("a:c", "Doc.", ("m", "x"), ours)
+    other = prometheus_client.Histogram("a:b", "Doc.", ["m"], buckets=bounds, registry=theirs).labels("x")
+    third = prometheus_client.Counter("a:c", "Doc.", ["m"], registry=theirs).labels("x")
+    for value in (0.1, 0.5, 0.7, 1, 1.0001, 2.5, 3, 1e9):
+        histogram.observe(value)
+        other.observe(value)
+    count.inc(3)
+    third.inc(3)
+    written = lambda registry: [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+    assert written(ours) == written(theirs)
 
 
 def test_the_dashboard_asks_for_nothing_that_is_not_there(where):

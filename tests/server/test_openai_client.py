@@ -76,6 +76,38 @@ def test_echo_and_logprobs_in_the_legacy_form(client, ask):
     assert body["param"] == "max_tokens"
 
 
+def test_echo_and_logprobs_stream_as_they_answer(client):
+    asked = dict(prompt=[PROMPT, "Once"], **GREEDY | {"max_tokens": 4}, echo=True, logprobs=2)
+    whole = client.completions.create(**asked, extra_body={"prompt_logprobs": 2}).choices
+    texts, told = ["", ""], [{}, {}]
+    for chunk in client.completions.create(**asked, stream=True, extra_body={"prompt_logprobs": 2}):
+        (choice,) = chunk.choices
+        assert hasattr(choice, "prompt_logprobs") == (not texts[choice.index]), "with the first piece alone"
+        if hasattr(choice, "prompt_logprobs"):
+            assert choice.prompt_logprobs == whole[choice.index].prompt_logprobs
+        texts[choice.index] += choice.text
+        for name, values in choice.logprobs.model_dump().items():
+            told[choice.index].setdefault(name, []).extend(values)
+    assert texts == [choice.text for choice in whole]
+    for streamed, choice in zip(told, whole, strict=True):
+        expected = choice.logprobs.model_dump()  # (its offsets count the parts of a character that is several tokens)
+        assert streamed.pop("text_offset")[: len(PROMPT.split())] == expected.pop("text_offset")[: len(PROMPT.split())]
+        assert streamed == expected
+    alone = dict(prompt=PROMPT, **GREEDY | {"max_tokens": 0}, echo=True, stream=True, stream_options={"include_usage": True})
+    *pieces, last = client.completions.create(**alone, extra_body={"return_token_ids": True})
+    assert "".join(piece.choices[0].text for piece in pieces) == PROMPT and pieces[-1].choices[0].finish_reason == "length"
+    assert last.usage.completion_tokens == 0 and last.usage.total_tokens == last.usage.prompt_tokens
+    assert not any(piece.choices[0].token_ids for piece in pieces)
+
+
+def test_log_probabilities_of_a_chats_prompt_are_told_once(client):
+    asked = dict(model="tiny", messages=CHAT, seed=1, n=2, max_tokens=3, extra_body={"prompt_logprobs": 1})
+    whole = client.chat.completions.create(**asked).prompt_logprobs
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    (told,) = [chunk.choices[0].prompt_logprobs for chunk in chunks if hasattr(chunk.choices[0], "prompt_logprobs")]
+    assert told == whole and whole[0] is None and len(whole) > 5
+
+
 def test_a_chat_whole_and_streamed(client, ask, llm):
     ids = llm.get_tokenizer().apply_chat_template(CHAT)
     expected = ask({"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=10, logprobs=2)).outputs[0]
@@ -106,6 +138,9 @@ def test_parts_of_text_and_a_message_to_go_on_with(client):
     plain = client.chat.completions.create(**asked, extra_body={"continue_final_message": True})
     echoed = client.chat.completions.create(**asked, extra_body={"continue_final_message": True, "echo": True})
     assert echoed.choices[0].message.content == "Because of" + plain.choices[0].message.content
+    begun[-1] = {"role": "assistant", "content": [{"type": "text", "text": "Because of"}]}
+    in_parts = client.chat.completions.create(**asked, extra_body={"continue_final_message": True, "echo": True})
+    assert in_parts.choices[0].message.content == echoed.choices[0].message.content
 
 
 def test_stop_bias_and_seed(client):
@@ -172,6 +207,8 @@ def test_what_is_wrong_is_named(client, field, value, param):
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"functions": []}, "functions"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": -1, "logprobs": True}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens"),
         ({"store": True}, "store"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),

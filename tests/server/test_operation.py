@@ -1,9 +1,15 @@
 """What an operator relies on: keys, limits, draining, ids, errors that reach whom they concern."""
 
 import asyncio
+import json
 import logging
+import shutil
 import signal
+import ssl
+import subprocess
+import threading
 import time
+import urllib.request
 from urllib.parse import urlsplit
 
 import openai
@@ -14,7 +20,7 @@ from jaxllm import AsyncLLM, SamplingParams
 from jaxllm.errors import ConfigError
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.keys import Allowance, Client, KeySettings, current_client, read_keys
-from jaxllm.server.run import listen
+from jaxllm.server.run import check_tls, listen
 from jaxllm.server.service import Service
 from jaxllm.serving.news import figures_of
 
@@ -189,6 +195,31 @@ def test_cross_origin_pages(server, llm):
     with serving(llm, allowed_origins=("https://page.example",)) as (where, _):
         assert "Access-Control-Allow-Origin" in call(where, "/v1/models", None, asked)[1]
         assert "Access-Control-Allow-Origin" not in call(where, "/v1/models", None, asked | {"Origin": "https://other.example"})[1]
+    with serving(llm, allowed_origins=("https://page.example",), api_key=("a",)) as (where, _):
+        preflight = urllib.request.Request(f"{where}/v1/completions", method="OPTIONS", headers=asked)
+        assert urllib.request.urlopen(preflight).status == 200  # a browser asks this without a key
+        status, headers, _ = call(where, "/v1/models", None, asked)
+        assert status == 401 and headers["Access-Control-Allow-Origin"] and "X-Request-Id" in headers["Access-Control-Expose-Headers"]
+
+
+def test_tls(llm, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*make, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    config = ServerConfig(tls_certificate=certificate, tls_key=key)
+    check_tls(config)
+    with serving(llm, tls_certificate=certificate, tls_key=key) as (where, _):
+        assert where.startswith("https://")
+        trusted = ssl.create_default_context(cafile=certificate)
+        with urllib.request.urlopen(f"{where}/health", context=trusted) as answer:
+            assert json.load(answer) == {"status": "ok"}
+        with pytest.raises(OSError):
+            call(where, "/health")  # without TLS
+    for files in ((key, certificate), (certificate, str(tmp_path / "no.pem"))):
+        with pytest.raises(ConfigError, match="tls_certificate"):
+            check_tls(ServerConfig(tls_certificate=files[0], tls_key=files[1]))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +228,7 @@ def test_cross_origin_pages(server, llm):
         ({"max_pending": 0}, "max_pending"),
         ({"port": 70000}, "port"),
         ({"request_timeout": 0.0}, "request_timeout"),
+        ({"step_timeout": 0.0}, "step_timeout"),
         ({"tls_key": "x"}, "tls_certificate and tls_key"),
         ({"api_key": ("",)}, "api_key"),
         ({"unknown_fields": "maybe"}, "unknown_fields"),
@@ -237,6 +269,35 @@ def test_a_dead_engine_is_told_to_clients_and_on_health(folder):
         status, _, body = call(where, "/health")
         assert status == 503 and "device is gone" in body["error"]["message"]
         assert call(where, "/ready")[0] == 503 and call(where, "/version")[0] == 200
+
+
+def test_an_engine_that_hangs_is_told_on_health_for_as_long_as_it_does(folder, caplog):
+    llm = AsyncLLM(folder, dtype="float32", max_num_seqs=2, max_model_len=128, warmup=False)
+    launch, go_on = llm.engine.runner.launch, threading.Event()
+    asyncio.run(anext(llm.generate("x", SamplingParams(max_tokens=2))))  # what compiles has been compiled
+    llm.engine.runner.launch = lambda *step: go_on.wait(60) and launch(*step)
+    with serving(llm, step_timeout=0.5) as (where, _):
+        assert call(where, "/health")[0] == 200
+        client = openai.AsyncOpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+
+        async def run():
+            asked = [asyncio.create_task(client.completions.create(model="tiny", prompt="x", max_tokens=2)) for _ in range(2)]
+            await asyncio.to_thread(until, lambda: call(where, "/health")[0] == 503)
+            _, _, body = await asyncio.to_thread(call, where, "/ready")
+            assert body["error"]["code"] == "engine_hangs" and "2 prompts wait" in body["error"]["message"]
+            asked[0].cancel()  # that nobody waits any more does not make it well
+            await asyncio.sleep(0.2)
+            assert (await asyncio.to_thread(call, where, "/health"))[0] == 503
+            go_on.set()
+            assert (await asked[1]).usage.completion_tokens == 2
+
+        asyncio.run(run())
+        until(lambda: call(where, "/health")[0] == 200)
+        settled(llm)
+        assert llm.silent_for == 0
+        until(lambda: any("hangs no more" in record.getMessage() for record in caplog.records))
+    llm.shutdown()
+    assert any("the engine hangs" in record.getMessage() for record in caplog.records)
 
 
 def test_sigterm_lets_requests_finish_refuses_others_and_ends_what_is_too_slow(folder):

@@ -180,6 +180,16 @@ def test_refused_by_name(client, more, param):
     assert caught.value.param == param
 
 
+def test_unknown_fields_of_items_and_tools_may_be_warned_of(llm, caplog):
+    with serving(llm, unknown_fields="warn") as (where, _):
+        client = openai.OpenAI(base_url=f"{where}/v1", api_key="none", max_retries=0)
+        item, tool = {"role": "user", "content": "Rain?", "mood": 1}, WEATHER | {"colour": "blue"}
+        answer = client.responses.create(**ASK | {"input": [item], "tools": [tool], "extra_body": {"verbosity": "low"}})
+    assert answer.usage.output_tokens == 12
+    warned = "\n".join(record.getMessage() for record in caplog.records)
+    assert all(f"field {name}," in warned for name in ("mood", "colour", "verbosity"))
+
+
 def test_cancel_of_what_does_not_run(client):
     answer = client.responses.create(**ASK)
     with pytest.raises(openai.BadRequestError):

@@ -9,11 +9,13 @@ import time
 
 import pytest
 
+from jaxllm import AsyncLLM
 from jaxllm.errors import ConfigError
 from jaxllm.launch.__main__ import main
 from jaxllm.server.batch import run_batch
 from jaxllm.server.config import ServerConfig
 from jaxllm.server.service import Service
+from jaxllm.serving import EngineDeadError
 
 
 def line(name, url, **body):
@@ -85,6 +87,16 @@ def test_files_that_do_not_belong_together(llm, tmp_path):
     output.write_text("hello\n")
     with pytest.raises(ConfigError, match="did not write"):
         run(llm, source, output)
+
+
+def test_lines_that_an_engine_leaves_are_for_the_next_run(folder, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(source, GOOD[:2])
+    gone = AsyncLLM(folder, dtype="float32", max_num_seqs=2, max_model_len=128, warmup=False)
+    gone.shutdown()
+    with pytest.raises(EngineDeadError):  # by itself, not in a group
+        run(gone, source, output)
+    assert output.read_bytes() == b""
 
 
 def test_killed_and_started_again(folder, tmp_path):

@@ -55,12 +55,13 @@ def test_the_other_forms(client):
         ({"structured_outputs": {"regex": "(" * 3000 + ")" * 3000}}, "invalid regex"),
         ({"structured_outputs": {"json": {"type": "objec"}}}, "Invalid type"),
         ({"structured_outputs": {"grammar": "start: nothing"}}, "nothing"),
+        ({"structured_outputs": {"json": "[" * 100_000}}, "nested so deep"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "must be one of"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 2}, "min_tokens"),
         ({"response_format": {"type": "json_schema"}}, "json_schema must be there"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "give one"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}}, "NoExtension"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}}, "allows no text at all"),
     ],
 )
 def test_what_is_wrong_with_them_is_said(client, extra, what):

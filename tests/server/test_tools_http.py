@@ -83,6 +83,34 @@ def test_required_and_named(client, seed):
     assert name == "weather" and json.loads(arguments)["city"] in ("Bern", "Rome") and choice.finish_reason == "stop"
 
 
+def test_several_answers_with_calls_stream_side_by_side(client):
+    asked = ASKED | dict(n=3, tool_choice="required", max_tokens=200)
+    whole = client.chat.completions.create(**asked).choices
+    streamed = {i: [] for i in range(3)}
+    for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            streamed[choice.index].append(chunk)
+        used = chunk.usage
+    assert used.completion_tokens > 0
+    for i, choice in enumerate(whole):
+        content, calls, reason, _ = collect(streamed[i])
+        assert (content, calls) == told(choice.message) and reason == choice.finish_reason
+    assert len({str(told(choice.message)) for choice in whole}) > 1
+
+
+def test_tools_whose_schemas_have_definitions(client):
+    """As pydantic makes them of nested models."""
+    city = {"enum": ["Bern", "Rome"]}
+    tree = {"type": "object", "properties": {"of": {"$ref": "#/$defs/city"}}, "required": ["of"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": name, "parameters": tree | {"$defs": {"city": city}}}} for name in ("sun", "rain")]
+    for choice in ("required", {"type": "function", "function": {"name": "rain"}}):
+        message = (
+            client.chat.completions.create(**ASKED | {"tools": tools}, tool_choice=choice, parallel_tool_calls=False).choices[0].message
+        )
+        [(name, arguments)] = told(message)[1]
+        assert name in ("sun", "rain") and json.loads(arguments)["of"] in city["enum"]
+
+
 def test_a_conversation_with_calls_goes_on(client, server):
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern", "days": 1}'}}
     messages = [*CHAT, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "call_1", "content": "Sun."}]

@@ -37,6 +37,13 @@ class Message(Body):
     reasoning: str | None = None
     refusal: str | None = None
 
+    @property
+    def text(self) -> str | None:
+        """Its content; parts are put together."""
+        if not isinstance(self.content, list):
+            return self.content
+        return "\n".join(part.text or part.refusal or "" for part in self.content)
+
 
 class Function(Body):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -90,9 +97,9 @@ class ChatRequest(Generating):
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None  # there is one
     echo: bool | None = None

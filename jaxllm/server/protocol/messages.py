@@ -78,3 +78,8 @@ class MessagesRequest(CountRequest):
     top_p: float | None = None
     top_k: int | None = None
     metadata: Metadata | None = None
+
+    @property
+    def user(self) -> str | None:
+        """Goes to the access log."""
+        return None if self.metadata is None else self.metadata.user_id

@@ -99,7 +99,7 @@ class ResponsesRequest(Body):
     top_k: int | None = None
     seed: int | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
     text: Text | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = None
