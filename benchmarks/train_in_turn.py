@@ -1,6 +1,6 @@
 """Fine-tuning steps of jaxllm and of Hugging Face with PEFT, the same work on one machine in turn, a process at a time.
 
-    python benchmarks/train_in_turn.py MODEL --hf PATH/TO/PYTHON [--rounds 5] [--dtype float32] [--batch 4] [--seq-len 256]
+    python benchmarks/train_in_turn.py MODEL --hf PATH/TO/PYTHON [--rounds 5] [--dtype bfloat16] [--precision bfloat16_mixed]
 
 AdamW on rows of random tokens that all count; `full`, and LoRA r16 on every linear layer. A round is a process of each, whose figure is the
 median of `--steps` steps after one that does not count. Prints a line of JSON a run, and at the end the medians and their ratio.
@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--hf", help="the Python that has torch, transformers and peft")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--dtype", default="float32", help="Hugging Face's; jaxllm computes in float32")
+    parser.add_argument("--dtype", default="float32", help="Hugging Face's")
+    parser.add_argument("--precision", default="float32", help="jaxllm's: float32, bfloat16_mixed, bfloat16")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--run-hf", choices=MODES, help=argparse.SUPPRESS)
@@ -61,7 +62,7 @@ def main() -> None:
     commands = {
         "jaxllm": lambda mode: [
             *(sys.executable, "-m", "jaxllm.launch", "bench", "train", "--model", a.model, "--mode", mode, *size),
-            *("--repeats", str(a.steps), "--json"),
+            *("--precision", a.precision, "--repeats", str(a.steps), "--json"),
         ],
         "hf": lambda mode: [a.hf, __file__, a.model, "--run-hf", mode, "--dtype", a.dtype, "--steps", str(a.steps), *size],
     }
