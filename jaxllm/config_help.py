@@ -8,6 +8,7 @@ import inspect
 import shutil
 import textwrap
 import typing
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,17 @@ def help_text(cls: type, prog: str) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string written below it in the source; base classes included."""
+    """Field name -> the string written below it in the source, or the strings of several lines; base classes included."""
     docs: dict[str, str] = {}
     for parent in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(parent):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body  # type: ignore[attr-defined]
-        for statement, after in zip(body, body[1:], strict=False):
-            documented = isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if documented and isinstance(after.value.value, str):
-                docs[statement.target.id] = " ".join(after.value.value.split())
+        is_text = lambda s: isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str)
+        for i, statement in enumerate(body):
+            texts = [line.value.value for line in takewhile(is_text, body[i + 1 :])]
+            if isinstance(statement, ast.AnnAssign) and texts:
+                docs[statement.target.id] = " ".join("".join(texts).split())
     return docs
 
 

@@ -34,12 +34,13 @@ def total_bytes() -> int:
 
 
 def own_bytes() -> int:
-    """What the process has that no other has, and that the system cannot read anew from a file: its anonymous pages."""
+    """What the process has that no other has, and that the system cannot read anew from a file: its anonymous pages. All that is resident
+    where the system does not tell them apart."""
     try:
-        status = Path("/proc/self/status").read_text()
+        anonymous = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
     except OSError:
-        return psutil.Process().memory_info().rss
-    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10
+        anonymous = None
+    return psutil.Process().memory_info().rss if anonymous is None else int(anonymous[1]) << 10
 
 
 class PeakMemory:

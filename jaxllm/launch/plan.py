@@ -33,12 +33,13 @@ class Config(Command):
 
       jaxllm plan --model configs/models/llama-3-8b.yaml --topology v6e:2x2 --tensor 4 --max-num-seqs 64 --max-model-len 2048
       jaxllm plan --model configs/models/llama-3-8b.yaml --topology h100:2
+      jaxllm plan --model demo --topology cpu --max-num-seqs 8 --max-model-len 512
       jaxllm plan --model configs/models/llama-3-8b.yaml --train configs/train/llama3_8b_lora.yaml --topology v5e:2x2
     """
 
     model: str | None = None
-    "A config.json or a YAML file with its entries, a folder with a config.json, a .gguf file, `demo`, or a hub name (owner/name; only its "
-    "config.json is fetched); with --train, by default the recipe's."
+    "A config.json or a YAML file with its entries, a folder with a config.json, a .gguf file, `demo`, or a hub name (owner/name; only "
+    "its config.json is fetched); with --train, by default the recipe's."
     topology: str
     "A chip and how many: v4, v5e, v5p, v6e or v7x, as in v6e:2x2 or v5p:2x2x1; a100, l4, h100, h200 or b200, 1 to 8 of them, as in "
     "h100:8; or cpu: this machine, measured."

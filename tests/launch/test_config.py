@@ -205,6 +205,21 @@ def test_help(capsys, monkeypatch):
     assert max(map(len, page.splitlines())) <= 100
 
 
+def test_help_of_several_lines(capsys):
+    @dataclass(frozen=True)
+    class Long:
+        x: int = 1
+        "A first line "
+        "and a second."
+        y: int = 2
+        "Another."
+
+    with pytest.raises(SystemExit):
+        parse(Long, ["--help"], prog="x")
+    page = " ".join(capsys.readouterr().out.split())
+    assert "A first line and a second. (default: 1)" in page and "Another. (default: 2)" in page
+
+
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 number = st.floats(allow_nan=False)
 optimizers = st.builds(Optimizer, st.floats(1e-9, 1e9), st.tuples(number, number), st.none() | st.integers())

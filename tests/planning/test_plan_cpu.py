@@ -105,7 +105,7 @@ def test_memory_and_the_order_of_speeds_are_as_predicted(tmp_path, monkeypatch):
     spec.loader.exec_module(benchmark)
     sizes = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4)
     folder = write_llama(tmp_path, tokenizer=True, vocab_size=16384, **sizes)
-    results = [benchmark.beside(str(folder), name, batched=64) for name in ("4x256:float32", "8x1024:float32", "32x1024:float32")]
+    results = [benchmark.beside(str(folder), name, batched=64) for name in ("4x256:float32", "8x1024:float32", "24x1024:float32")]
     for result in results:
         assert 0.9 <= result["ratio"] <= 1.1, result
     by = lambda key: sorted(range(3), key=lambda i: results[i][key])
