@@ -59,6 +59,10 @@ def normed(x, scale, w):
     return norm(x, scale) @ w
 
 
+def normed_apart(x, scale, w):
+    return jax.lax.optimization_barrier(norm(x, scale)) @ w
+
+
 def filtered(logits, top_k, top_p, u):
     """jaxllm's top-k and top-p by bisection, and a draw."""
     probs = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
@@ -111,6 +115,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "int4 weights in groups of 128, scaled after it": (groups_apart, (x, *in_groups)),
         "RMSNorm and a product, 64 rows": (normed, (x, ((HIDDEN,), bf16), weight(bf16))),
         "RMSNorm and a product, 2,048 rows": (normed, (long, ((HIDDEN,), bf16), weight(bf16))),
+        "RMSNorm, a barrier and a product, 2,048 rows": (normed_apart, (long, ((HIDDEN,), bf16), weight(bf16))),
         "the product alone, 2,048 rows": (product, (long, weight(bf16))),
         "top-k and top-p, 64 x 128,256, jaxllm's": (filtered, (logits, *asked)),
         "top-k and top-p, 64 x 32,064 (a quarter), jaxllm's": (filtered, (share, *asked)),
