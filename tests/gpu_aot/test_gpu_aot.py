@@ -32,7 +32,7 @@ def test_the_kernels_that_need_most_compile_for_others(gpu):
     assert problems(f"{gpu}:1", [*cases, KernelCase(dtype="float32", head_dim=256), KernelCase(heads=71, kv_heads=1)]) == {}
 
 
-@pytest.mark.parametrize("gpus,times", [(1, 1.35), (2, 1.2), (8, 1.45)])  # with more GPUs the sums of split products weigh more
+@pytest.mark.parametrize("gpus,times", [(1, 1.35), (2, 1.2)])  # of eight: test_gpu_guards.py
 def test_llama_3_8b(gpus, times):
     """As on TPUs: no second copy of the cache, two all-reduces a layer, and not much more moved than must be."""
     command = [sys.executable, "-m", "jaxllm.launch", "plan", "--model", "configs/models/llama-3-8b.yaml", "--topology", f"h100:{gpus}"]

@@ -11,7 +11,7 @@ from jaxllm.launch.tune_kernels import Config, tune_model, work_of
 from jaxllm.models import config_from_hf
 from jaxllm.serving.block_sizes import find_table
 from pallas_kernels.ragged_paged_attention import measure
-from pallas_kernels.ragged_paged_attention.tuning import GpuBlocks
+from pallas_kernels.ragged_paged_attention.tuning import TpuBlocks
 
 LLAMA = "configs/models/llama-3-8b.yaml"
 TINY = config_from_hf(
@@ -45,17 +45,18 @@ def test_what_a_device_has_to_do(tensor, platform, heads, kv_heads, width):
 
 def test_a_table_is_made_and_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(measure, "_GPU_FIELDS", dict.fromkeys(measure._GPU_FIELDS, (16,)))  # each takes a second to compile
-    result = tune_model(Config(**SMALL), TINY, "gpu", "cpu", interpret=True)
+    monkeypatch.setattr(measure, "_BLOCK_KEYS", (16,))  # each compiles for seconds
+    monkeypatch.setattr(measure, "_QUERIES", (16,))
+    result = tune_model(Config(**SMALL), TINY, "tpu", "cpu", interpret=True)
     path = tmp_path / "kernels" / "cpu.json"
-    assert result["path"] == str(path) and json.loads(path.read_text())["platform"] == "gpu"
+    assert result["path"] == str(path) and json.loads(path.read_text())["platform"] == "tpu"
     assert "the heuristic's" in capsys.readouterr().err
     found = find_table("cpu")
-    for work, entry in zip(work_of(Config(**SMALL), TINY, "gpu"), result["entries"], strict=True):
-        assert found.find(work) == GpuBlocks(**entry["blocks"]) and 0 < entry["seconds"] <= entry["heuristic_seconds"]
+    for work, entry in zip(work_of(Config(**SMALL), TINY, "tpu"), result["entries"], strict=True):
+        assert found.find(work) == TpuBlocks(**entry["blocks"]) and 0 < entry["seconds"] <= entry["heuristic_seconds"]
 
     with pytest.raises(ConfigError, match="has block sizes for 'cpu', and the device here is 'NVIDIA H200'"):
-        tune_model(Config(**SMALL, out=str(path)), TINY, "gpu", "NVIDIA H200", interpret=True)
+        tune_model(Config(**SMALL, out=str(path)), TINY, "tpu", "NVIDIA H200", interpret=True)
 
 
 def test_what_the_kernels_cannot_do_is_said(tmp_path):
