@@ -29,7 +29,9 @@ class Watched(FakeEngine):
     def check(self, plan: StepPlan) -> None:
         super().check(plan)
         waiting = [s for s in self.scheduler.waiting if not s.in_flight and s not in self.gave_way]
-        assert len(self.scheduler.running) == self.limits.max_num_seqs or not waiting or plan.num_tokens == self.limits.max_num_batched_tokens
+        assert (
+            len(self.scheduler.running) == self.limits.max_num_seqs or not waiting or plan.num_tokens == self.limits.max_num_batched_tokens
+        )
         for s in plan.scheduled:
             for x in waiting if s.admitted else ():
                 self.overtaken += s.sequence.arrival > x.arrival
