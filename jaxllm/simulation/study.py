@@ -13,11 +13,12 @@ from jaxllm.simulation.runs import Requests, Results, Run
 DEPLOYED = ("fcfs", "hrrn", "mlfq")  # what others' engines have; priority is fcfs where all priorities are alike
 ORACLE = "srpt"  # it is told how long outputs will be
 TOLD = (ORACLE, "aged")
-# `adaptive`'s index with nothing to hold it back: near the least mean JCT that can be had without being told (Gittins's index is optimal
-# for one server: Aalto et al., 2009), whatever becomes of the longest.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "aged": (ORACLE, {"ageing": 3.0}),  # what can be had by who is told, and lets nobody wait for ever
+    # `adaptive`'s index with nothing to hold it back: near the least mean JCT that can be had without being told (Gittins's index is
+    # optimal for one server: Aalto et al., 2009), whatever becomes of the longest.
     "gittins": ("adaptive", {"most_s": 1e6, "reach": 1e3, "margin": 0.0, "seniority": 0.0, "shortness": 0.0, "flatness": 1.0}),
+    # Who is told, and lets nobody wait for ever.
+    "aged": (ORACLE, {"ageing": 60.0}),
 }
 FIGURES = ("mean_jct_s", "p99_jct_s", "mean_normalized_latency_s")
 LEAST = "least"  # no policy, but what none can do better than (`bounds.py`)

@@ -32,8 +32,7 @@ KERNELS_MIB = (129.3, 72.8, 66.4, 193.9, 258.2, 17.9, 21.8, 40.1, 38.6)  # moved
 MIB = 2**20
 
 
-# The second chip runs the same programs through the same compiler, in as long again.
-@pytest.fixture(scope="module", params=["v5e:2x4", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["v5e:2x4", "v6e:2x2"])
 def compiled(request):
     """(topology, what compiled_for.py tells of it)"""
     pytest.importorskip("libtpu")
