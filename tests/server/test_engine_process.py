@@ -77,6 +77,7 @@ def test_an_engine_that_is_stopped_is_told_on_health_and_goes_on(served):
     engine.suspend()
     until(lambda: call(where, "/health")[0] == 503)
     assert call(where, "/ready")[2]["error"]["code"] == "engine_hangs" and call(where, "/version")[0] == 200
+    until(lambda: any("the engine hangs:" in line for line in lines))
     engine.resume()
     assert text + "".join(chunk.choices[0].text for chunk in stream) == wanted
     assert call(where, "/health")[0] == 200
