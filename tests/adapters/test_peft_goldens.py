@@ -14,9 +14,16 @@ from jaxllm.adapters import adapter_disabled, has_adapter, load_adapter, merge_a
 from jaxllm.checkpoints.safetensors_source import read_file
 from jaxllm.errors import CheckpointError
 
+# Scanned: each kind of adapter once, on all layers and on some; on other bases they are looked at unrolled.
+_SCANNED = ["dora_layers", "dora_llama", "ia3_llama", "lora_gemma3", "lora_layers_patterns"]
+_SCANNED += ["lora_save_modules", "prefix_llama", "prompt_llama"]
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize(
+    "name, scan_layers",
+    [pytest.param(name, False, id=f"{name}-unrolled") for name in CASES]
+    + [pytest.param(name, True, id=f"{name}-scanned", marks=() if name in _SCANNED else pytest.mark.slow) for name in CASES],
+)
 def test_logits_and_files(name, scan_layers, tmp_path):
     base, tokens, expected = logits_golden(name)
     model = decoder(base, scan_layers)
