@@ -29,8 +29,10 @@ class Watched(FakeEngine):
     def check(self, plan: StepPlan) -> None:
         super().check(plan)
         waiting = [s for s in self.scheduler.waiting if not s.in_flight and s not in self.gave_way]
+        # The first of those who wait holds all up while a token of its is in flight, for a step.
+        first = [s for s in self.scheduler.waiting[:1] if not s.in_flight and s not in self.gave_way]
         full = len(self.scheduler.running) == self.limits.max_num_seqs or plan.num_tokens == self.limits.max_num_batched_tokens
-        assert full or not waiting
+        assert full or not first, "a place is empty"
         for s in plan.scheduled:
             for x in waiting if s.admitted else ():
                 self.overtaken += s.sequence.arrival > x.arrival

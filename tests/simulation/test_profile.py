@@ -49,12 +49,12 @@ def test_a_profile_and_a_replay(tmp_path, capfd):
     result = json.loads(capfd.readouterr().out)
     assert set(result["shapes"]) == {"decode 2", "decode 4", "mixed 16", "mixed 32"} and result["steps"] > 50
     assert cost_model(str(machine)).shapes == result["shapes"] and result["host_bandwidth"] > 1e6
-    rows = [{"timestamp": 10 * i, "input_length": 1024 + 64 * i, "output_length": 200, "hash_ids": [7, 8]} for i in range(12)]
+    rows = [{"timestamp": 10 * i, "input_length": 1024 + 64 * i, "output_length": 200, "hash_ids": [7, 8]} for i in range(28)]
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--trace", str(trace), "--scale", "0.03125", "--policy", "fcfs,hrrn", "--machine", str(machine), "--speedup", "2"]
     assert main(["bench", "replay", *MODEL, *flags, "--host-kv-bytes", "1000000", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
-    assert set(result["policies"]) == set(result["simulated"]) == {"fcfs", "hrrn"} and result["requests"] == 12
+    assert set(result["policies"]) == set(result["simulated"]) == {"fcfs", "hrrn"} and result["requests"] == 28
     for name, measured in result["policies"].items():
         simulated = result["simulated"][name]
         assert set(simulated) <= set(measured) and measured["compiles_after_warmup"] == 0
