@@ -17,6 +17,7 @@ from pallas_kernels.row_sum import row_sum
 _SEQUENCE_BLOCK = 8
 _QUERY_BLOCK = 64
 _KEY_CHUNK = 128
+_COLUMNS = 64
 _MASKED = -1e30  # finite: a chunk in which a row sees nothing must not make NaN
 
 
@@ -99,6 +100,9 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
     if rows == 1:  # XLA's CPU backend adds the terms of a product with one row in another order than with more
         qh, row_positions, rows = jnp.repeat(qh, 2, axis=2), jnp.repeat(row_positions, 2, axis=2), 2
 
+    # With AVX-512 the order in which it adds depends on the number of rows, but for columns that fill its registers.
+    columns = -(-head_dim // _COLUMNS) * _COLUMNS
+
     def step(c, carry):
         top, total, out = carry
         pages = jax.lax.dynamic_slice_in_dim(table, c * chunk_pages, chunk_pages, axis=1)
@@ -106,6 +110,7 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
         kv = kv_pages[pages].transpose(2, 0, 3, 1, 4, 5).reshape(2, batch, kv_heads, chunk, head_dim).astype(jnp.float32)
         # What lies past a sequence's end was never written by it: 0 * NaN must not reach the sum.
         values = jnp.where((key_positions < kv_lens[:, None])[:, None, :, None], kv[1], 0.0)
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, columns - head_dim)))
         scores = jnp.einsum("bhqd,bhcd->bhqc", qh, kv[0], precision=precision) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -122,9 +127,10 @@ def _flash(q, positions, kv_pages, table, kv_lens, start, stop, chunk_pages, sca
         return new_top, total, out
 
     shape = (batch, kv_heads, rows)
-    carry = (jnp.full((*shape, 1), _MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, head_dim)))
+    carry = (jnp.full((*shape, 1), _MASKED), jnp.zeros((*shape, 1)), jnp.zeros((*shape, columns)))
     with jax.named_scope("key_chunks"):
         top, total, out = jax.lax.fori_loop(start, stop, step, carry)
+    out = out[..., :head_dim]
     if sinks is not None:
         sink = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, group), rows // group, axis=1)[None, :, :, None]
         new_top = jnp.maximum(top, sink)

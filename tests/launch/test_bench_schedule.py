@@ -14,5 +14,5 @@ def test_every_policy_is_kept_full(capfd):
     for measured in result.values():
         assert measured["running"] + measured["waiting"] == 38 and measured["running"] > 4
         assert 0 < measured["least_ms"] <= measured["median_ms"] <= measured["p99_ms"]
-    assert result["adaptive"]["preemptions"] > 0 == result["fcfs"]["preemptions"]
+    assert result["mlfq"]["preemptions"] > 0 == result["fcfs"]["preemptions"]
     assert main(["bench", "schedule", "--running", "0"]) == 2

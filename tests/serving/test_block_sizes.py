@@ -18,6 +18,7 @@ from pallas_kernels.ragged_paged_attention import Table, write_table
 from pallas_kernels.ragged_paged_attention.tables import Entry
 from pallas_kernels.ragged_paged_attention.tuning import TpuBlocks, Work
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")  # what the engine keeps of its own is looked at
 WORK = Work("decode", 8, 2, 128, 64, "bfloat16", "bfloat16")
 
 

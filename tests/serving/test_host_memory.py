@@ -17,7 +17,7 @@ OPTIONS = dict(dtype="float32", page_size=4, max_model_len=LENGTH, skip_tokenize
 SMALL = OPTIONS | dict(max_num_seqs=3, max_num_batched_tokens=16, num_pages=LENGTH // 4 + 6)
 GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
 POLICIES = {
-    "mlfq": dict(first_quantum_s=0.02, starvation_s=5.0),
+    "mlfq": dict(first_quantum_s=0.005, starvation_s=5.0),
     "adaptive": dict(review_s=1e-3, margin=0.0, most_s=1.0, seniority=0.0),
     "priority_preempt": {},
 }
