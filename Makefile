@@ -45,7 +45,7 @@ notebooks: $(VENV)/.dev
 
 # Only what make and the tools made.
 clean:
-	rm -rf $(VENV) .venv-gpu build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu .venv-node build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: installed once, and again when the requirements change. A venv whose making was cut short has no working pip.
