@@ -16,14 +16,14 @@ import subprocess
 import sys
 import time
 
-DTYPES = {"jaxllm": "auto (float32 on the CPU)", "vllm": "bfloat16", "hf": "bfloat16"}
+DTYPES = {"vllm": "bfloat16", "hf": "bfloat16"}
 CONTEXT = 2048
 
 
-def jaxllm_system(model, works):
+def jaxllm_system(model, works, dtype):
     from jaxllm import LLM, SamplingParams
 
-    options = dict(max_model_len=CONTEXT, enable_prefix_caching=False, skip_tokenizer_init=True, warmup=False)
+    options = dict(dtype=dtype, max_model_len=CONTEXT, enable_prefix_caching=False, skip_tokenizer_init=True, warmup=False)
     engines = {n: LLM(model, max_num_seqs=n, **options) for n in {n for n, _, _ in works}}
 
     def run(prompts, output_len):
@@ -33,14 +33,14 @@ def jaxllm_system(model, works):
     return run
 
 
-def vllm_system(model, works):
+def vllm_system(model, works, dtype):
     # One engine for all its work, as bench_vllm.py of the peers does.
     os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     from vllm import LLM, SamplingParams
 
     seqs = max(64, *(n for n, _, _ in works))
-    llm = LLM(model, dtype="bfloat16", max_model_len=CONTEXT, max_num_seqs=seqs, enable_prefix_caching=False)
+    llm = LLM(model, dtype=dtype, max_model_len=CONTEXT, max_num_seqs=seqs, enable_prefix_caching=False)
 
     def run(prompts, output_len):
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
@@ -49,12 +49,12 @@ def vllm_system(model, works):
     return run
 
 
-def hf_system(model, works):
+def hf_system(model, works, dtype):
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(os.cpu_count() or 1)
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
 
     def run(prompts, output_len):
         ids = torch.tensor(prompts)
@@ -73,14 +73,14 @@ def _ids(prompts):
     return [{"prompt_token_ids": p} for p in prompts]
 
 
-def serve(name, model, works):
+def serve(name, model, works, dtype):
     """A system's own process: for each line `requests input output seed` on stdin, the work, and a line of JSON on stdout."""
     import numpy as np
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     start = time.perf_counter()
-    run = SYSTEMS[name](model, works)
+    run = SYSTEMS[name](model, works, dtype)
     print(json.dumps({"ready_s": round(time.perf_counter() - start, 1)}), file=answers, flush=True)
     for line in sys.stdin:
         n, input_len, output_len, seed = map(int, line.split())
@@ -95,8 +95,8 @@ def serve(name, model, works):
 class Worker:
     """A system in its own process, stopped except while it works."""
 
-    def __init__(self, name, python, model, works):
-        command = [python, __file__, model, "--serve", name, "--work", *("x".join(map(str, w)) for w in works)]
+    def __init__(self, name, python, model, works, dtype):
+        command = [python, __file__, model, "--serve", name, "--dtype", dtype, "--work", *("x".join(map(str, w)) for w in works)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready_s = self._answer()["ready_s"]
         self.process.send_signal(signal.SIGSTOP)
@@ -124,17 +124,19 @@ def main():
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="vllm or hf, and the Python that has it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", nargs="+", default=["1x128x128", "1x1024x1", "8x128x128", "32x128x128", "64x128x128"])
+    parser.add_argument("--dtype", default="auto", help="jaxllm's; auto is float32 on a CPU")
     parser.add_argument("--serve", choices=SYSTEMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     works = [tuple(map(int, w.split("x"))) for w in arguments.work]
     if arguments.serve:
-        return serve(arguments.serve, arguments.model, works)
+        return serve(arguments.serve, arguments.model, works, arguments.dtype)
     pythons = {"jaxllm": sys.executable} | dict(peer.split("=", 1) for peer in arguments.peer)
     workers = {}
     try:
         for name, python in pythons.items():
-            workers[name] = Worker(name, python, arguments.model, works)
-            print(json.dumps({"system": name, "dtype": DTYPES[name], "ready_s": workers[name].ready_s}), flush=True)
+            dtype = DTYPES.get(name, arguments.dtype)
+            workers[name] = Worker(name, python, arguments.model, works, dtype)
+            print(json.dumps({"system": name, "dtype": dtype, "ready_s": workers[name].ready_s}), flush=True)
         for work in works:
             measure(work, workers, arguments.rounds)
     finally:

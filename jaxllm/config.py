@@ -250,10 +250,17 @@ def _plain(value: Any) -> Any:
 # --- The command line ------------------------------------------------------------------------------------------------
 
 
+def takes_model(cls: type) -> bool:
+    """Whether a command's first word may be its model, without --model: where it must have one."""
+    return kinds(cls).get("model") is str
+
+
 def _read_flags(cls: type, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """The `--config` files named by the arguments, and the tree that the other flags say."""
     files: list[str] = []
     tree: dict[str, Any] = {}
+    if takes_model(cls) and argv and not argv[0].startswith("-"):
+        tree["model"] = argv.pop(0)
     while argv:
         token = argv.pop(0)
         if not token.startswith("--") or token == "--":

@@ -20,7 +20,8 @@ LEFT = 34  # columns for the flag and its type; a longer one gets a line of its 
 def help_text(cls: type, prog: str) -> str:
     """The whole page, wrapped to the terminal's width (at most 120 columns)."""
     width = min(shutil.get_terminal_size().columns, 120)
-    lines = [f"usage: {prog} [--config FILE] [--key VALUE ...]", "", *_paragraphs(cls.__doc__ or "", width), "", "options:"]
+    word = "[MODEL] " if config.takes_model(cls) else ""
+    lines = [f"usage: {prog} {word}[--config FILE] [--key VALUE ...]", "", *_paragraphs(cls.__doc__ or "", width), "", "options:"]
     lines += _row("-h, --help", "Show this page and stop.", width)
     lines += _row("--config FILE", "YAML file with these same keys; flags win over it. May be given several times.", width)
     lines += _rows(cls, "", None, width)

@@ -19,7 +19,7 @@ class Config(ServerConfig, Command):
 
     Example:
 
-      jaxllm serve --model demo --port 8000
+      jaxllm serve demo --port 8000
       curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "The capital of France is"}'
     """
 

@@ -85,6 +85,10 @@ def test_flags(flags, expected):
     assert cli(*flags) == expected
 
 
+def test_the_first_word_is_the_model():
+    assert parse(Train, ["org/name", "--rank", "3"], prog="jaxllm train") == Train("org/name", rank=3)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -198,7 +202,7 @@ def test_help(capsys, monkeypatch):
         parse(Train, ["--dtype", "nonsense", "--help"], prog="jaxllm train")
     page = capsys.readouterr().out
     assert caught.value.code == 0
-    for part in ("usage: jaxllm train", "Fine-tune a model.", "Folder or hub name. (required)", "--shuffle [true|false]"):
+    for part in ("usage: jaxllm train [MODEL] ", "Fine-tune a model.", "Folder or hub name. (required)", "--shuffle [true|false]"):
         assert part in page
     assert "Peak rate, after the warm-up. (default: 0.0003)" in page  # the parent's default, not the class's
     assert "Peak rate, after the warm-up. (default: 0.0001)" in page  # teacher's
