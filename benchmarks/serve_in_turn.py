@@ -1,4 +1,5 @@
-"""jaxllm's server and vLLM's under the same requests (`jaxllm bench serve`), one server working at a time.
+"""jaxllm's server and vLLM's under the same requests (`jaxllm bench serve`), one server working at a time; without
+prefix caches, as each round brings prompts of the one before.
 
     python benchmarks/serve_in_turn.py MODEL --vllm PATH/TO/PYTHON [--rates 2 4 inf] [--rounds 2] [-- FLAGS OF bench serve ...]
 
@@ -23,10 +24,11 @@ CONTEXT, PLACES = 2048, 64
 
 
 def command(name: str, python: str, model: str, port: int) -> list[str]:
-    common = [model, "--port", str(port), "--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(PLACES)]
+    common = ["--model", model, "--port", str(port), "--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(PLACES)]
+    common += ["--served-model-name", "m"]
     if name == "jaxllm":
-        return [python, "-m", "jaxllm.launch", "serve", *common, "--served-model-name", "m"]
-    return [python, "-m", "vllm.entrypoints.cli.main", "serve", *common, "--served-model-name", "m"]
+        return [python, "-m", "jaxllm.launch", "serve", *common, "--enable-prefix-caching", "false"]
+    return [python, "-m", "vllm.entrypoints.openai.api_server", *common, "--no-enable-prefix-caching"]
 
 
 class Server:
@@ -72,15 +74,15 @@ def main() -> None:
     parser.add_argument("--vllm", required=True, help="the Python that has it")
     parser.add_argument("--rates", nargs="+", default=["2", "4", "inf"], help="requests a second")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("flags", nargs="*", help="after --: of `jaxllm bench serve`")
-    a = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    a, flags = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     servers = {}
     try:
         for name, python in (("jaxllm", sys.executable), ("vllm", a.vllm)):
             servers[name] = Server(name, python, a.model)
             print(json.dumps({"server": name, "ready_s": round(servers[name].ready_s, 1)}), flush=True)
         for rate in a.rates:
-            measure(servers, rate, a.rounds, a.flags)
+            measure(servers, rate, a.rounds, flags)
     finally:
         for server in servers.values():
             server.signal(signal.SIGKILL)
