@@ -8,6 +8,7 @@ and at the end of each rate the medians and jaxllm's as ratios to vLLM's: of thr
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -44,10 +45,14 @@ class Server:
             command(name, python, model, port), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
         started = time.perf_counter()
-        while not self._answers():
-            if self.process.poll() is not None:
-                raise SystemExit(f"{name}'s server ended with {self.process.returncode}: see {self.log.name}")
-            time.sleep(0.5)
+        try:
+            while not self._answers():
+                if self.process.poll() is not None or time.perf_counter() > started + 600:
+                    raise SystemExit(f"{name}'s server ended, or did not start in ten minutes: see {self.log.name}")
+                time.sleep(0.5)
+        except BaseException:  # Ctrl-C does not reach a session of its own
+            self.kill()
+            raise
         self.ready_s = time.perf_counter() - started
         self.signal(signal.SIGSTOP)
 
@@ -59,6 +64,10 @@ class Server:
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
 
     def bench(self, flags: list[str]) -> dict:
         self.signal(signal.SIGCONT)
@@ -85,7 +94,7 @@ def main() -> None:
             measure(servers, rate, a.rounds, flags)
     finally:
         for server in servers.values():
-            server.signal(signal.SIGKILL)
+            server.kill()
 
 
 def measure(servers: dict[str, Server], rate: str, rounds: int, flags: list[str]) -> None:

@@ -259,8 +259,9 @@ def _read_flags(cls: type, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """The `--config` files named by the arguments, and the tree that the other flags say."""
     files: list[str] = []
     tree: dict[str, Any] = {}
-    if takes_model(cls) and argv and not argv[0].startswith("-"):
-        tree["model"] = argv.pop(0)
+    named = argv.pop(0) if takes_model(cls) and argv and not argv[0].startswith("-") else None
+    if named is not None:
+        tree["model"] = named
     while argv:
         token = argv.pop(0)
         if not token.startswith("--") or token == "--":
@@ -271,6 +272,8 @@ def _read_flags(cls: type, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             files.append(_value(name, given, argv, "path"))
             continue
         path, kind = _find(cls, name)
+        if path == ["model"] and named:
+            raise ConfigError(f"the model is given twice, as `{named}` and by --model: leave one out")
         if path is None and name.startswith(("no-", "no_")):
             path, kind = _find(cls, name[3:])
             if path is None or bool not in choices(kind) or equals:

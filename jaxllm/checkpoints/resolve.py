@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from jaxllm.errors import CheckpointError
 
@@ -19,9 +20,9 @@ def resolve_model(
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
-    config_only: bool = False,
+    only: Literal["config", "tokenizer"] | None = None,
 ) -> Path:
-    """The folder or GGUF file that `name` stands for, downloaded if need be; of a repository, `config_only`: its config.json alone.
+    """The folder or GGUF file that `name` stands for, downloaded if need be; of a repository `only` that part, if given.
 
     `name` is an existing path, or `demo`, or a Hugging Face repository `owner/name`, or one GGUF file of it:
     `owner/name:file.gguf` or `owner/name/file.gguf`. `revision` (a branch, tag or commit) and `cache_dir` (default: huggingface_hub's own)
@@ -43,17 +44,17 @@ def resolve_model(
         )
     repository, gguf = match.groups()
     wanted = {"allow_patterns": [gguf]} if gguf else {"allow_patterns": HUB_PATTERNS, "ignore_patterns": _UNWANTED}
-    if config_only and not gguf:
-        wanted = {"allow_patterns": ["config.json"]}
+    if only and not gguf:
+        wanted = {"allow_patterns": ["config.json"] if only == "config" else [p for p in HUB_PATTERNS if p != "*.safetensors"]}
     folder = _from_hub(name, repository, revision, cache_dir, progress, **wanted)
     if gguf:
         if not (folder / gguf).is_file():
             raise CheckpointError(f"The Hugging Face repository {repository} has no file {gguf}. Look at its list of files.")
         return folder / gguf
-    if config_only:
+    if only == "config":
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"The Hugging Face repository {repository} has no config.json. Of a GGUF repository name the file.")
-    elif not any(folder.glob("*.safetensors")):
+    elif only is None and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"The Hugging Face repository {repository} has no .safetensors files. For a GGUF repository name the file "
             f"({repository}:FILE.gguf); pickles (.bin) must be converted to safetensors first."

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,8 +58,8 @@ class Config(Command):
     "Tokens of prompts in one step; by default the engine's choice."
     page_size: int | None = None
     "Tokens in a page of the KV cache; by default the engine's choice."
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    "Of weights, and of the KV cache; auto is bfloat16, and float32 on the CPU, as the engine has it."
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    "Of weights, and of the KV cache; auto is the checkpoint's own, and float32 on the CPU, as the engine has it."
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
     "Of the KV cache, if another."
     optimization_level: Literal["default", "O1"] = "default"
@@ -81,14 +82,17 @@ def run(config: Config) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from jaxllm.models import config_from_hf
     from jaxllm.planning import find_topology, plan_serving
+    from jaxllm.serving.defaults import default_dtype
 
     if config.optimization_level != "default":
         jax.config.update("jax_optimization_level", config.optimization_level)
     if config.train is not None:
         return _run_training(config)
-    dtype = ("float32" if config.topology.partition(":")[0] == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
-    model, topology = read_model_config(config.model), find_topology(config.topology, dtype=dtype)
+    entries = read_model_entries(config.model)
+    dtype = default_dtype(config.topology.partition(":")[0], entries) if config.dtype == "auto" else config.dtype
+    model, topology = config_from_hf(entries), find_topology(config.topology, dtype=dtype)
     plan = plan_serving(
         model,
         topology,
@@ -131,24 +135,30 @@ def _draw(config: Config, plan: ServingPlan | TrainingPlan, title: str) -> None:
 
 def read_model_config(name: str) -> ModelConfig:
     """The decoder that a file of Hugging Face's entries describes, or the model of that name. Raises CheckpointError, or ConfigError."""
-    from jaxllm.checkpoints import open_checkpoint
     from jaxllm.models import config_from_hf
+
+    return config_from_hf(read_model_entries(name))
+
+
+def read_model_entries(name: str) -> Mapping[str, Any]:
+    """Those of its config.json. Raises CheckpointError, or ConfigError."""
+    from jaxllm.checkpoints import open_checkpoint
 
     path = Path(name)
     if not (path.is_file() and path.suffix in (".yaml", ".yml", ".json")):
         path = _find_model(name)
         if not (path / "config.json").is_file():
-            return config_from_hf(open_checkpoint(path).config)  # a GGUF file, or a folder with one
+            return open_checkpoint(path).config  # a GGUF file, or a folder with one
         path = path / "config.json"
     if path.suffix != ".json":
-        return config_from_hf(load_yaml(path))
+        return load_yaml(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as a model's configuration: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold the entries of a config.json, not {type(values).__name__}")
-    return config_from_hf(values)
+    return values
 
 
 def _find_model(name: str) -> Path:
@@ -156,7 +166,7 @@ def _find_model(name: str) -> Path:
     from jaxllm.checkpoints import resolve_model
 
     try:
-        return resolve_model(name, config_only=True)
+        return resolve_model(name, only="config")
     except CheckpointError as error:
         known = {path.stem: path for path in CONFIGURATIONS.glob("*.yaml")}
         near = difflib.get_close_matches(name.split("/")[-1].lower().removesuffix(".yaml"), known, 3)

@@ -29,6 +29,8 @@ def print_serving_plan(title: str, plan: ServingPlan) -> None:
     console.print(steps)
     room = f"fits, with room for {plan.max_sequences:,} sequences of {s['max_model_len']:,} tokens"
     room += f", or {s['max_num_seqs']:,} of {plan.max_context:,}"
+    if s["chip"] == "cpu":
+        room += f" (the engine's own choice is {(s['num_pages'] - 1) * s['page_size']:,} tokens in all: more with --num-pages)"
     console.print(f"{room if plan.fits else 'does NOT fit'}; compiled in {plan.compile_s:.1f} s")
     if plan.remedy:
         console.print(f"remedy: {plan.remedy}")

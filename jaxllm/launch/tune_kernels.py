@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,8 +33,8 @@ class Config(Command):
     "Devices that the model will be split over; what one of them has of the heads is measured, on one."
     page_size: int = 64
     "Tokens in a page of the KV cache, as the engine will have it."
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    "Of weights and activations."
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    "Of weights and activations; auto is the checkpoint's own, as the engine has it."
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = "auto"
     "Of the KV cache, if another."
     max_num_seqs: int = 64
@@ -52,7 +53,9 @@ class Config(Command):
 def run(config: Config) -> dict[str, Any]:
     import jax
 
-    from jaxllm.launch.plan import read_model_config
+    from jaxllm.launch.plan import read_model_entries
+    from jaxllm.models import config_from_hf
+    from jaxllm.serving.defaults import default_dtype
 
     device = jax.devices()[0]
     if device.platform not in ("tpu", "gpu"):
@@ -61,7 +64,10 @@ def run(config: Config) -> dict[str, Any]:
             f"({device.platform}). For chips that are elsewhere, jaxllm kernels compiles, but does not measure"
         )
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
-    return tune_model(config, read_model_config(config.model), device.platform, device.device_kind, capability)
+    entries = read_model_entries(config.model)
+    if config.dtype == "auto":
+        config = replace(config, dtype=default_dtype(device.platform, entries))
+    return tune_model(config, config_from_hf(entries), device.platform, device.device_kind, capability)
 
 
 def tune_model(
@@ -79,6 +85,8 @@ def tune_model(
         raise ConfigError(f"out: {error}") from error
     if before.device_kind != device_kind:
         raise ConfigError(f"out: {path} has block sizes for {before.device_kind!r}, and the device here is {device_kind!r}")
+    if not os.access(next(folder for folder in path.absolute().parents if folder.exists()), os.W_OK):
+        raise ConfigError(f"out: {path} cannot be written: give --out FILE in a folder where you may write")
     works = work_of(config, model, platform)
     if reason := unsupported(platform, works[0].page_size, works[0].width, works[0].kv_dtype, capability):
         raise ConfigError(f"the kernels cannot do this work on {device_kind}: {reason}")

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import Any
 from jaxllm.errors import ConfigError
 from jaxllm.planning.gpus import GPUS, Gpu, gpu_devices
 from jaxllm.sharding.chips import TPUS, Chip
+
+logger = logging.getLogger(__name__)
+
+_given: list[str] = []  # the flags that this process has given libtpu, once it has
 
 
 def _chip(gpu: Gpu) -> Chip:
@@ -52,8 +57,7 @@ def find_topology(name: str, *, dtype: Any = "bfloat16") -> Topology:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened: other processes may do the same
-    if missing := chip.missing_flags():  # libtpu reads them once: the first topology of a process decides
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {missing}".strip()
+    _give_flags(chip)
     from jax.experimental import topologies
 
     try:
@@ -61,6 +65,17 @@ def find_topology(name: str, *, dtype: Any = "bfloat16") -> Topology:
     except Exception as error:  # JAX raises whatever the plugin says
         raise ConfigError(f"topology {name!r} was refused by the compiler; usual ones: {', '.join(chip.usual)} ({error})") from error
     return Topology(name, chip, tuple(description.devices))
+
+
+def _give_flags(chip: Chip) -> None:
+    """libtpu reads them once: the first topology of a process decides."""
+    missing = chip.missing_flags()
+    if not _given:
+        _given.append(missing)
+        if missing:
+            os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {missing}".strip()
+    elif missing or (_given[0] and not chip.libtpu_flags):
+        logger.warning("%s is compiled with another chip's flags of libtpu: plan it in a process of its own", chip.name)
 
 
 def _this_machine(name: str, shape: str, dtype: Any) -> Topology:

@@ -129,10 +129,13 @@ class Program:
             self._keep_in_caches()
 
     def _keep_in_caches(self) -> None:
-        """Small arrays are not in memory, but for those that the program is given."""
+        """Small arrays are not in memory, but for those that the program is given, seen in whatever shape."""
         for computation, ops in self._ops.items():
+            given = set()
             for name, op in ops.items():
-                if computation != self._entry or op.opcode != "parameter":
+                if computation == self._entry and (op.opcode == "parameter" or op.opcode == "bitcast" and op.operands[0] in given):
+                    given.add(name)
+                else:
                     ops[name] = replace(op, least=_CPU_CACHE_BYTES)
 
     def cost(self) -> Cost:

@@ -93,7 +93,7 @@ def plan_serving(
     parameters, kv_cache = bytes_on_a_device(engine.all_weights), bytes_on_a_device(pages)
     num_pages, slot_bytes = pages.shape[0] // config.num_layers, bytes_on_a_device(slots)
     a_page = kv_cache // num_pages
-    length = min(max_model_len, (num_pages - 1) * page_size // max_num_seqs)  # of each, when all have the same
+    length = max(1, min(max_model_len, (num_pages - 1) * page_size // max_num_seqs))  # of each, when all have the same
 
     closed_set = make_buckets(max_num_seqs, batched, one_row=False)
     buckets = {

@@ -13,6 +13,8 @@ from jaxllm.server.service import Service
 from jaxllm.server.tools import PARSERS, Arguments, Call, Content, Event, Parser, Reasoning, Required, Thought
 from jaxllm.server.tools.events import joined
 
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -82,9 +84,17 @@ def _moved(schema: Any, path: str) -> Any:
         return [_moved(each, path) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    here = {name: value if name in ("const", "enum") else _moved(value, path) for name, value in schema.items()}
+    here = {name: _moved_part(name, value, path) for name, value in schema.items()}
     ref = here.get("$ref")
     return here | {"$ref": f"#/{path}{ref[1:]}"} if isinstance(ref, str) and f"{ref}/".startswith("#/") else here
+
+
+def _moved_part(keyword: str, value: Any, path: str) -> Any:
+    if keyword in ("const", "enum"):
+        return value
+    if keyword in _NAMED_SCHEMAS and isinstance(value, dict):  # whose keys are names: one of them may be called `const`
+        return {name: _moved(each, path) for name, each in value.items()}
+    return _moved(value, path)
 
 
 class Reader:

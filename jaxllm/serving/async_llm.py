@@ -93,8 +93,9 @@ class AsyncLLM:
                 raise ConfigError("logits_processors are functions of this process: leave engine_process out")
             from jaxllm.serving.engine_process import EngineProcess
 
-            for name in filter(None, (self.config.model, self.config.tokenizer)):
-                resolve_model(name)  # fetched once, and not by both
+            resolve_model(self.config.model)  # fetched once, and not by both
+            if self.config.tokenizer is not None and not self.config.skip_tokenizer_init:
+                resolve_model(self.config.tokenizer, only="tokenizer")
             self.backend = EngineProcess(self.config, listener)
             try:
                 self._tokenizer = read_tokenizer(self.config)  # while the engine loads

@@ -1,6 +1,16 @@
 """What an engine chooses where it is told nothing, by the platform that it runs on; a plan chooses the same."""
 
+from collections.abc import Mapping
+from typing import Any
+
 _CPU_POOL_BYTES = 1 << 30  # of KV cache on the CPU, where memory is everybody's, unless one request of the length asked for needs more
+
+
+def default_dtype(platform: str, entries: Mapping[str, Any]) -> str:
+    """Of weights and activations: what the model's config.json says on TPU and GPU, bfloat16 if that is none of the three; float32 on the
+    CPU."""
+    stored = entries.get("torch_dtype") or entries.get("dtype")
+    return "float32" if platform == "cpu" else stored if stored in ("float32", "float16") else "bfloat16"
 
 
 def scans_layers(platform: str) -> bool:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import pickle
+import queue
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,19 @@ class _Child:
         )
         theirs.close()
         self.connection = Connection(ours.detach())
-        self._send_lock = threading.Lock()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._poster = threading.Thread(target=self._post, name="jaxllm-engine-outbox", daemon=True)
+        self._poster.start()
         self.send((config, logging.getLogger().getEffectiveLevel(), sys.path))
 
     def send(self, message: tuple) -> None:
-        """Raises OSError if it has died."""
-        with self._send_lock:
-            self.connection.send(message)
+        """Waits for nothing: an engine that does not read holds nobody up here. If it has died, nobody gets it."""
+        self._outbox.put(bytes(ForkingPickler.dumps(message)))
+
+    def _post(self) -> None:
+        with contextlib.suppress(OSError):  # it has died: whoever listens to it will say so
+            while (message := self._outbox.get()) is not None:
+                self.connection.send_bytes(message)
 
     def ready(self) -> tuple[EngineFacts, EngineFigures]:
         """Waits until it can serve. Raises what it could not be made for, or EngineDeadError."""
@@ -80,6 +88,8 @@ class _Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()
+        self._outbox.put(None)
+        self._poster.join()
         self.connection.close()
         return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
@@ -154,9 +164,7 @@ class EngineProcess:
         return done
 
     def _send(self, *message: Any) -> None:
-        """If the engine has died, nobody gets it: `_watch` will say so."""
-        with contextlib.suppress(OSError):
-            self._child.send(message)
+        self._child.send(message)
 
     # The thread that listens.
 

@@ -11,7 +11,7 @@ def read_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """None where the engine is to have none. Raises TokenizerError or CheckpointError."""
     if config.skip_tokenizer_init:
         return None
-    return load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else _beside(resolve_model(config.model)))
+    return load_tokenizer(resolve_model(config.tokenizer, only="tokenizer") if config.tokenizer else _beside(resolve_model(config.model)))
 
 
 def _beside(path: Path) -> Path:

@@ -18,7 +18,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models import ModelConfig, config_from_hf
 from jaxllm.paths import cache_dir
 from jaxllm.serving.config import EngineConfig
-from jaxllm.serving.defaults import default_batched_tokens, default_page_size, pool_pages, scans_layers
+from jaxllm.serving.defaults import default_batched_tokens, default_dtype, default_page_size, pool_pages, scans_layers
 from jaxllm.serving.find_tokenizer import read_tokenizer
 from jaxllm.serving.kv_cache import cache_dtype, num_cache_heads, page_bytes
 from jaxllm.serving.logits import LogitsProcessor
@@ -54,7 +54,7 @@ def load(config: EngineConfig, processors: Mapping[str, LogitsProcessor] | None 
     _check_libtpu(mesh.devices.flat[0].device_kind)
     path = resolve_model(config.model)
     source = open_checkpoint(path)
-    dtype = _dtype(config.dtype, source.config, on_cpu)
+    dtype = jnp.dtype(default_dtype(platform, source.config) if config.dtype == "auto" else config.dtype)
     scan = config.scan_layers if config.scan_layers is not None else scans_layers(platform)
     if config.adapter is not None:
         read_adapter_config(config.adapter)  # what is wrong with it is said before the weights are read
@@ -128,13 +128,6 @@ def _programs_dir(folder: str | None) -> Path | None:
     if folder == "" or jax.config.jax_compilation_cache_dir:
         return None
     return Path(folder) if folder else cache_dir() / "programs"
-
-
-def _dtype(asked: str, hf: dict, on_cpu: bool):
-    if asked != "auto":
-        return jnp.dtype(asked)
-    stored = hf.get("torch_dtype") or hf.get("dtype")
-    return jnp.dtype("float32" if on_cpu else stored if stored in ("float32", "float16") else "bfloat16")
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -14,7 +14,6 @@ from jaxllm.errors import RequestError
 from jaxllm.serving import structured
 
 _LARGEST = 1e38  # what float32 holds
-_LONGEST_STRING = 1000
 _MOST_COMPLETIONS = 16384  # as in vLLM: each is queued at once
 
 
@@ -74,7 +73,7 @@ def _flag(name, where, doc, default=False) -> Parameter:
     return Parameter(name, default, {"type": "boolean"}, "true or false", parse, where, doc)
 
 
-def _strings(name, where, doc, *, one: bool, most: int) -> Parameter:
+def _strings(name, where, doc, *, one: bool, most: int, longest: int) -> Parameter:
     """A list of up to `most` strings, or, if `one`, a string by itself. Kept as a tuple. Each is looked for in every token's text, on the
     thread that all requests share."""
 
@@ -82,13 +81,13 @@ def _strings(name, where, doc, *, one: bool, most: int) -> Parameter:
         if one and isinstance(value, str):
             value = (value,)
         _require(value is None or isinstance(value, (list, tuple)))
-        _require(all(isinstance(s, str) and 0 < len(s) <= _LONGEST_STRING for s in value or ()) and len(value or ()) <= most)
+        _require(all(isinstance(s, str) and 0 < len(s) <= longest for s in value or ()) and len(value or ()) <= most)
         return tuple(value or ())
 
-    string = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STRING}
+    string = {"type": "string", "minLength": 1, "maxLength": longest}
     array = {"type": "array", "items": string, "maxItems": most}
     forms = [string, array, {"type": "null"}] if one else [array, {"type": "null"}]
-    must = f"{'a string, or ' if one else ''}a list of up to {most} strings, none of them empty or longer than {_LONGEST_STRING} characters"
+    must = f"{'a string, or ' if one else ''}a list of up to {most} strings, none of them empty or longer than {longest} characters"
     return Parameter(name, None, {"anyOf": forms}, must, parse, where, doc)
 
 
@@ -191,7 +190,14 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     _logit_bias("logit_bias", "device", "Added to the logits of tokens, by id."),
     _token_ids("allowed_token_ids", "device", "Only these tokens may be drawn.", empty=False),
-    _strings("bad_words", "device", "Words that may not appear: a word's last token is not drawn after its others.", one=False, most=1024),
+    _strings(
+        "bad_words",
+        "device",
+        "Words that may not appear: a word's last token is not drawn after its others.",
+        one=False,
+        most=1024,
+        longest=128,
+    ),
     _whole("min_tokens", 0, "device", "No end of sequence, stop token or stop string before this many tokens.", low=0, must=_WHOLE_FROM_0),
     _whole(
         "seed",
@@ -203,7 +209,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         must="a whole number from 0 to 2**64 - 1",
         optional=True,
     ),
-    _strings("stop", "text", "Strings that end the output; they are not part of it.", one=True, most=256),
+    _strings("stop", "text", "Strings that end the output; they are not part of it.", one=True, most=256, longest=1000),
     _token_ids("stop_token_ids", "text", "Tokens that end the output, besides the model's own end of sequence.", empty=True),
     _flag("include_stop_str_in_output", "text", "Keep the stop string that ended the output."),
     _flag("ignore_eos", "text", "Go on after the end of sequence."),

@@ -288,8 +288,10 @@ class Grammars:
 
         with _stack_size:
             before = threading.stack_size(_STACK)
-            threading.Thread(target=make, name="jaxllm-grammar", daemon=True).start()
-            threading.stack_size(before)
+            try:
+                threading.Thread(target=make, name="jaxllm-grammar", daemon=True).start()
+            finally:
+                threading.stack_size(before)
         return made.result()
 
     def _make(self, spec: StructuredOutputs) -> Matcher:

@@ -34,7 +34,8 @@ def least_jct(trace: Trace, cost: CostModel, max_num_seqs: int) -> float:
         drawing, reading = outputs * share + attended, new * token
         drawing_s = drawing * (step + longest) / (share + longest)
         part = drawing / (drawing + reading)
-        moments = _mean_busy_times(trace.arrivals, drawing + reading) + drawing_s * (1 - part / 2)
+        first_s = (share + cost.context_token_s * prompts) * (step + longest) / (share + longest)  # may read the prompt's end, too
+        moments = _mean_busy_times(trace.arrivals, drawing + reading) + drawing_s * (1 - part / 2) - first_s * (1 - part) / 2
         least = max(least, float((moments - trace.arrivals).mean()))
     return least
 

@@ -26,8 +26,8 @@ from jaxllm.simulation.traces import Trace, read_trace
 from jaxllm.simulation.workloads import WORKLOADS, Arrivals, draw_workload
 
 # What figures depend on, beside the policy's own file.
-_SERVING = ("kv_cache", "preemption", "repeat", "scheduler", "policies/base", "policies/outputs")
-_SIMULATION = ("bounds", "cost", "load", "metrics", "simulate", "traces", "workloads")
+_SERVING = ("host_tier", "kv_cache", "preemption", "repeat", "scheduler", "policies/__init__", "policies/base", "policies/outputs")
+_SIMULATION = ("bounds", "cost", "load", "metrics", "simulate", "tier", "traces", "workloads")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,11 @@ def read_table(path: Path) -> Table:
 
 
 def _entry(kind: type, item: dict) -> Entry:
-    return Entry(Work(**item["work"]), kind(**item["blocks"]), float(item["seconds"]), float(item["heuristic_seconds"]))
+    work = Work(**item["work"])
+    sizes = (work.heads, work.kv_heads, work.width, work.page_size)
+    if work.kernel not in ("decode", "chunks") or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"{work} is no work of the kernels'")
+    return Entry(work, kind(**item["blocks"]), float(item["seconds"]), float(item["heuristic_seconds"]))
 
 
 def write_table(table: Table, path: Path) -> None:

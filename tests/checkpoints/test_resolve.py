@@ -27,8 +27,7 @@ results = {}
 for name in json.loads(sys.argv[1]):
     repository, _, revision = name.partition("@")
     try:
-        only = "CONFIG_ONLY" in os.environ
-        results[name] = str(resolve_model(repository, revision=revision or None, progress=False, config_only=only))
+        results[name] = str(resolve_model(repository, revision=revision or None, progress=False, only=os.environ.get("ONLY")))
     except CheckpointError as error:
         results[name] = f"refused: {error}"
 print(json.dumps(results))
@@ -140,10 +139,16 @@ def test_repositories_files_and_refusals(tmp_path, hub):
 
 
 def test_a_configuration_alone(tmp_path, hub):
-    results, _ = resolve_elsewhere(tmp_path, ["acme/model", "acme/pickles", "acme/ggufs"], HF_ENDPOINT=hub, CONFIG_ONLY="1")
+    results, _ = resolve_elsewhere(tmp_path, ["acme/model", "acme/pickles", "acme/ggufs"], HF_ENDPOINT=hub, ONLY="config")
     for name in ("acme/model", "acme/pickles"):
         assert [file.name for file in Path(results[name]).rglob("*")] == ["config.json"]
     assert "acme/ggufs has no config.json" in results["acme/ggufs"]
+
+
+def test_a_tokenizer_alone(tmp_path, hub):
+    results, _ = resolve_elsewhere(tmp_path, ["acme/model", "acme/pickles"], HF_ENDPOINT=hub, ONLY="tokenizer")
+    files = {name: sorted(file.name for file in Path(results[name]).rglob("*")) for name in results}
+    assert files == {"acme/model": ["chat_template.jinja", "config.json", "tokenizer.json"], "acme/pickles": ["config.json"]}
 
 
 def test_local_paths_come_first(tmp_path, monkeypatch):

@@ -87,6 +87,8 @@ def test_flags(flags, expected):
 
 def test_the_first_word_is_the_model():
     assert parse(Train, ["org/name", "--rank", "3"], prog="jaxllm train") == Train("org/name", rank=3)
+    with pytest.raises(ConfigError, match="the model is given twice, as `a` and by --model"):
+        parse(Train, ["a", "--model", "b"], prog="jaxllm train")
 
 
 @pytest.mark.parametrize(

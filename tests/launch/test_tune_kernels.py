@@ -36,11 +36,12 @@ def test_wrong_flags(capsys):
     [(1, "gpu", 32, 8, 128), (4, "tpu", 8, 2, 128), (16, "tpu", 2, 1, 128)],  # 16 devices share 8 heads of keys
 )
 def test_what_a_device_has_to_do(tensor, platform, heads, kv_heads, width):
-    works = work_of(Config(model=LLAMA, tensor_parallel_size=tensor, kv_cache_dtype="fp8"), read_model_config(LLAMA), platform)
+    config = Config(model=LLAMA, dtype="bfloat16", tensor_parallel_size=tensor, kv_cache_dtype="fp8")
+    works = work_of(config, read_model_config(LLAMA), platform)
     assert [w.kernel for w in works] == ["decode", "chunks"]
     for work in works:
         assert work[1:] == (heads, kv_heads, width, 64, "bfloat16", "float8_e4m3fn")
-    assert {w.width for w in work_of(Config(model=LLAMA), TINY, "tpu")} == {128}
+    assert {w.width for w in work_of(Config(model=LLAMA, dtype="bfloat16"), TINY, "tpu")} == {128}
 
 
 def test_a_table_is_made_and_found(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
 import time
 from urllib.parse import urlsplit
 from urllib.request import urlopen
@@ -75,11 +76,17 @@ def test_an_engine_that_is_stopped_is_told_on_health_and_goes_on(served):
     stream = iter(client.completions.create(max_tokens=1000, stream=True, **LONG))
     text = next(stream).choices[0].text
     engine.suspend()
+    large = {"prompt": "x", "max_tokens": 1, "stop": [f"{i:01000}" for i in range(200)]}  # more than a pipe holds
+    others = [threading.Thread(target=call, args=(where, "/v1/completions", large)) for _ in range(4)]
+    for other in others:
+        other.start()
     until(lambda: call(where, "/health")[0] == 503)
     assert call(where, "/ready")[2]["error"]["code"] == "engine_hangs" and call(where, "/version")[0] == 200
     until(lambda: any("the engine hangs:" in line for line in lines))
     engine.resume()
     assert text + "".join(chunk.choices[0].text for chunk in stream) == wanted
+    for other in others:
+        other.join()
     assert call(where, "/health")[0] == 200
     until(lambda: any("hangs no more" in line for line in lines))
 

@@ -100,15 +100,17 @@ def test_several_answers_with_calls_stream_side_by_side(client):
 
 def test_tools_whose_schemas_have_definitions(client):
     """As pydantic makes them of nested models."""
-    city = {"enum": ["Bern", "Rome"]}
-    tree = {"type": "object", "properties": {"of": {"$ref": "#/$defs/city"}}, "required": ["of"], "additionalProperties": False}
+    city, of = {"enum": ["Bern", "Rome"]}, {"$ref": "#/$defs/city"}
+    named = {"of": of, "enum": of, "const": of}  # names may be keywords
+    tree = {"type": "object", "properties": named, "required": [*named], "additionalProperties": False}
     tools = [{"type": "function", "function": {"name": name, "parameters": tree | {"$defs": {"city": city}}}} for name in ("sun", "rain")]
     for choice in ("required", {"type": "function", "function": {"name": "rain"}}):
         message = (
             client.chat.completions.create(**ASKED | {"tools": tools}, tool_choice=choice, parallel_tool_calls=False).choices[0].message
         )
         [(name, arguments)] = told(message)[1]
-        assert name in ("sun", "rain") and json.loads(arguments)["of"] in city["enum"]
+        assert name in ("sun", "rain") and json.loads(arguments).keys() == named.keys()
+        assert all(value in city["enum"] for value in json.loads(arguments).values())
 
 
 def test_a_conversation_with_calls_goes_on(client, server):

@@ -73,6 +73,11 @@ def test_no_policy_is_below_the_least():
     apart = Trace(np.zeros(2), np.array([512, 512]), np.array([1, 1]), blocks=[[7], [8]])
     slow = CostModel(step_s=0.01, token_s=1.0, kv_tokens=2000, kv_token_bytes=1)
     assert least_jct(shared, slow, 2) < 3 and least_jct(apart, slow, 2) > 500
+    for outputs in (1, 4, 20):  # the first token comes with the prompt's end
+        lone = Trace(np.array([0.0, 1000.0]), np.array([222, 222]), np.array([outputs, outputs]))
+        settings = limits_of(MACHINES["opt-13b/a100"], max_num_seqs=16, max_num_batched_tokens=512, page_size=16, policy="fcfs")
+        served = figures(simulate(lone, MACHINES["opt-13b/a100"], *settings))["mean_jct_s"]
+        assert 0.7 * served < least_jct(lone, MACHINES["opt-13b/a100"], 16) <= served
     for name, load in (("alpaca", 8.0), ("sharegpt", 1.2)):
         trace, cost = draw_workload(name, 150, Arrivals(load), seed=3, max_model_len=2048), MACHINES["opt-13b/a100"]
         settings = limits_of(cost, max_num_seqs=16, max_num_batched_tokens=512, page_size=16, policy="srpt")
