@@ -34,7 +34,7 @@ const { chromium } = require("playwright-core");
   await page.uncheck("#logprobs");
   await page.fill("#prompt", "Go on and on");
   await page.click("#send");
-  await page.waitForFunction(() => document.getElementById("num-running").textContent === "1", null, { timeout: 30000 });
+  await page.waitForFunction(() => document.getElementById("num-running").textContent === "1", null, { timeout: 60000 });
   seen.live = { running: await page.locator("#running li").count(), pages: await text("#pages") };
   await page.keyboard.press("Escape");
   await page.waitForFunction(() => document.getElementById("status").textContent === "stopped");
