@@ -56,9 +56,9 @@ class _Child:
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._poster = threading.Thread(target=self._post, name="jaxllm-engine-outbox", daemon=True)
         self._poster.start()
-        self.send((config, logging.getLogger().getEffectiveLevel(), sys.path))
+        self.send(config, logging.getLogger().getEffectiveLevel(), sys.path)
 
-    def send(self, message: tuple) -> None:
+    def send(self, *message: Any) -> None:
         """Waits for nothing: an engine that does not read holds nobody up here. If it has died, nobody gets it."""
         self._outbox.put(bytes(ForkingPickler.dumps(message)))
 
@@ -134,7 +134,7 @@ class EngineProcess:
     def abort(self, number: int) -> None:
         with self._lock:
             self._readers.pop(number, None)
-            self._send("abort", number)
+            self._child.send("abort", number)
 
     def ask(self, question: Callable[[Any], Any]) -> Future:
         """See `EngineThread.ask`; question and answer travel by pickle, so that it must be a function of a module."""
@@ -146,7 +146,7 @@ class EngineProcess:
             self._stopping.set()
             if self.dead is not None:  # it may be starting
                 self._child.process.kill()
-            self._send("stop")
+            self._child.send("stop")
         self._thread.join(_PATIENCE)
         if self._thread.is_alive():  # it hangs
             self._child.process.kill()
@@ -158,13 +158,10 @@ class EngineProcess:
             dead, ticket = self.dead, next(self._tickets)
             if dead is None:
                 self._replies[ticket] = done
-                self._send(what, ticket, *rest)
+                self._child.send(what, ticket, *rest)
         if dead is not None:
             fail(done, dead)
         return done
-
-    def _send(self, *message: Any) -> None:
-        self._child.send(message)
 
     # The thread that listens.
 
